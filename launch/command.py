@@ -1,0 +1,50 @@
+"""What every launcher shares: a compilation cache, one-line errors, exit codes.
+
+A launcher ends with ``command.run(main)``. Errors a user can act on (bad input, a missing file, a full disk)
+are printed as one line and end the process with code 1; ``--debug`` shows the traceback instead.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+DEBUG = flags.DEFINE_bool("debug", False, "Show the full traceback of an error.")
+
+# What bad input, bad files and a bad environment raise. Anything else is a fault of ours: its traceback is wanted.
+USER_ERRORS = (ValueError, OSError, KeyError, AttributeError, TypeError, MemoryError, ImportError)
+
+
+def cache_compilations() -> None:
+    """Turns on JAX's persistent compilation cache, unless the environment already chose one."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mednext_jax" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(default))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def one_line(error: BaseException) -> str:
+    """The error as one line without control characters."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Parses flags, calls ``main(argv)`` and ends the process with its return value (``None`` means 0)."""
+    cache_compilations()
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            print(f"error: unexpected argument {argv[1]!r}; flags are written --name=value", file=sys.stderr)
+            sys.exit(1)
+        try:
+            sys.exit(main(argv) or 0)
+        except USER_ERRORS as error:
+            if DEBUG.value:
+                raise
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            sys.exit(1)
+
+    app.run(guarded)

@@ -1,0 +1,1 @@
+"""MedNeXt in JAX: the network, its fine-tuning by adapters, training, use and measurement."""
