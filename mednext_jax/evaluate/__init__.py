@@ -1,0 +1,1 @@
+"""Measurement: overlap, surface and lesion-wise metrics, statistics, and the report."""
