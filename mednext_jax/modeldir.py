@@ -1,0 +1,257 @@
+"""The model directory: what a trained network is on disk, and all that is needed to use it.
+
+    <directory>/model.json          network arguments, channels, normalisation, output, regions, provenance
+    <directory>/model.safetensors   parameters: a float32 tensor per path (``enc_block_0/0/conv1/kernel``)
+
+Only JSON and safetensors are read, so opening a stranger's model runs no code of theirs. A directory appears
+whole or not at all, and its parameters are checked against the network and their recorded hash when read.
+"""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from mednext_jax.nn import paths
+from mednext_jax.nn.mednext import MedNeXt
+
+FORMAT = "mednext_jax.model"
+FORMAT_VERSION = 1
+DESCRIPTION_FILE = "model.json"
+PARAMETERS_FILE = "model.safetensors"
+OUTPUTS = ("regions", "labels")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """What must be known about a network beside its parameters.
+
+    Attributes:
+      kwargs: arguments of ``MedNeXt``, plain JSON values (no dtype or remat: the machine's choice).
+      channels: names of the input channels, in order.
+      normalization: how intensities were normalised, e.g. ``"zscore_brain"``.
+      output: ``"regions"`` (one sigmoid per entry of ``regions``, in that order) or ``"labels"``
+        (softmax over the labels 0, 1, ...).
+      label_scheme: the scheme that the label values of ``regions`` belong to.
+      regions: region name -> label values, outermost region first.
+      patch_voxels: (depth, height, width) of the patches the network was trained on.
+      provenance: free JSON: config, dataset, scores, versions.
+      params_hash: set by ``save_model`` and ``load_model``; see :func:`params_hash`.
+    """
+
+    kwargs: dict[str, Any]
+    channels: tuple[str, ...]
+    normalization: str
+    output: str
+    label_scheme: str
+    regions: dict[str, list[int]]
+    patch_voxels: tuple[int, ...]
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    params_hash: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))
+        object.__setattr__(self, "patch_voxels", tuple(int(n) for n in self.patch_voxels))
+        regions = {name: [int(value) for value in values] for name, values in self.regions.items()}
+        object.__setattr__(self, "regions", regions)
+        if self.output not in OUTPUTS:
+            raise ValueError(f"output is {self.output!r}; it must be one of {', '.join(OUTPUTS)}")
+        if not self.regions or not all(self.regions.values()):
+            raise ValueError(f"regions is {self.regions!r}; give each region at least one label value")
+
+    def network(self, **changes: Any) -> MedNeXt:
+        """The Linen module; ``changes`` replace arguments (``dtype``, ``remat``, ...)."""
+        arguments = {key: tuple(value) if isinstance(value, list) else value
+                     for key, value in {**self.kwargs, **changes}.items()}
+        try:
+            return MedNeXt(**arguments)
+        except TypeError as error:
+            raise ValueError(f"the network arguments do not fit MedNeXt: {error}") from None
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of output channels that ``output`` and ``regions`` call for."""
+        if self.output == "regions":
+            return len(self.regions)
+        return 1 + max(max(values) for values in self.regions.values())
+
+
+def params_hash(params: Mapping[str, Any]) -> str:
+    """``"sha256:..."`` over sorted path, dtype, shape and bytes of every leaf, in float32 as a file holds it.
+
+    Equal for nested and flat dicts of the same parameters, and equal before saving and after loading.
+    """
+    digest = hashlib.sha256()
+    for path, array in _float32(params).items():
+        digest.update(f"{path}\0{array.dtype.str}\0{array.shape}\0".encode())
+        digest.update(array.tobytes())
+    return "sha256:" + digest.hexdigest()
+
+
+def save_model(path: str | os.PathLike, info: ModelInfo, params: Mapping[str, Any]) -> ModelInfo:
+    """Write a model directory, replacing one that is there already.
+
+    Args:
+      path: the directory; its parents are created. Anything there that is not a model is left alone.
+      info: the description; its ``params_hash`` is computed here.
+      params: nested or flat dict of arrays.
+
+    Returns: ``info`` with its hash, as written.
+
+    Raises:
+      FileExistsError: ``path`` holds something that is not a model.
+      ValueError: the parameters or the description do not fit the network, or the description is not JSON.
+    """
+    path = Path(path)
+    _refuse_foreign(path)
+    flat = _float32(params)
+    _check_network(info, flat, f"model for {path}")
+    info = dataclasses.replace(info, params_hash=params_hash(flat))
+    try:
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        text = json.dumps({**head, **dataclasses.asdict(info)}, indent=1)
+    except TypeError as error:
+        raise ValueError(f"the description of the model for {path} is not plain JSON: {error}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir()
+    try:
+        save_file(flat, whole / PARAMETERS_FILE)
+        (whole / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
+        _exchange(whole, path, old)
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
+    return info
+
+
+def find_model(path: str | os.PathLike) -> Path:
+    """The model directory that ``path`` means: itself, or its ``model/`` when it is a training workdir."""
+    path = Path(path)
+    for directory in (path, path / "model"):
+        if (directory / DESCRIPTION_FILE).is_file():
+            return directory
+    reason = f"holds no {DESCRIPTION_FILE}" if path.is_dir() else "does not exist"
+    raise FileNotFoundError(f"{path} {reason}: give a model directory, or a training workdir that has model/")
+
+
+def load_info(path: str | os.PathLike) -> ModelInfo:
+    """Read and check the description alone (cheap). Errors as :func:`load_model`."""
+    file = find_model(path) / DESCRIPTION_FILE
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); write the model again") from None
+    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+        raise ValueError(f"{file} is not the description of a {FORMAT}")
+    version = fields.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{file} has format version {version}, this program reads {FORMAT_VERSION}: "
+                         "use the program's version that wrote it, or write the model again")
+    try:
+        return ModelInfo(**fields)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} does not describe a model: {error}") from None
+
+
+def load_model(path: str | os.PathLike) -> tuple[ModelInfo, dict[str, Any]]:
+    """Read a model directory (or the ``model/`` of a training workdir).
+
+    Returns: the description and the parameters as a nested dict of float32 numpy arrays, ready for ``apply``.
+
+    Raises:
+      FileNotFoundError: no such model, or one of its two files is missing.
+      ValueError: a file is damaged, of another format version, or does not fit the network it describes.
+    """
+    directory = find_model(path)
+    info = load_info(directory)
+    file = directory / PARAMETERS_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: copy the whole model directory")
+    try:
+        flat = load_file(file)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged or truncated ({error}); copy it again") from None
+    _check_network(info, flat, str(file))
+    if params_hash(flat) != info.params_hash:
+        raise ValueError(f"{file} does not have the hash that {DESCRIPTION_FILE} records: "
+                         "one of the two files was changed; copy the model again")
+    return info, paths.unflatten(flat)
+
+
+def check_channels(info: ModelInfo, channels: Iterable[str], normalization: str | None = None) -> None:
+    """Refuse data whose channels (names and order) or normalisation the model was not trained on."""
+    channels = tuple(channels)
+    if channels != info.channels:
+        kind = "in another order" if sorted(channels) == sorted(info.channels) else "others"
+        raise ValueError(f"the model expects the channels ({', '.join(info.channels)}), the data has {kind}: "
+                         f"({', '.join(channels)}); preprocess the data in the model's order")
+    if normalization is not None and normalization != info.normalization:
+        raise ValueError(f"the model expects intensities normalised by {info.normalization!r}, "
+                         f"the data has {normalization!r}; preprocess the data again")
+
+
+def _float32(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Flat path -> contiguous float32 array on the host, sorted by path."""
+    flat = paths.flatten(params)
+    return {path: np.ascontiguousarray(np.asarray(flat[path], np.float32)) for path in sorted(flat)}
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise unless ``path`` is free, an empty directory or a model directory with nothing else in it."""
+    if not (path.exists() or path.is_symlink()):
+        return
+    real_directory = path.is_dir() and not path.is_symlink()
+    names = {entry.name for entry in path.iterdir()} if real_directory else {path.name}
+    foreign = sorted(names - {DESCRIPTION_FILE, PARAMETERS_FILE})
+    if foreign:
+        raise FileExistsError(f"{path} is not a model (it has {foreign[0]}); choose another place")
+
+
+def _exchange(whole: Path, path: Path, old: Path) -> None:
+    """Put the directory ``whole`` at ``path``; what was there comes back if that fails, and is removed if not."""
+    if path.exists():
+        path.rename(old)
+    try:
+        whole.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_network(info: ModelInfo, flat: Mapping[str, np.ndarray], where: str) -> None:
+    """Compare the leaves' paths, shapes and dtypes with the network's, and its ends with the description."""
+    network = info.network()
+    if network.in_channels != len(info.channels):
+        raise ValueError(f"{where}: the network takes {network.in_channels} channels, "
+                         f"but {len(info.channels)} are named")
+    if network.n_classes != info.n_outputs:
+        raise ValueError(f"{where}: the network has {network.n_classes} outputs, but output={info.output!r} "
+                         f"with regions {info.regions} needs {info.n_outputs}")
+    spatial = (32,) * (2 if network.dim == "2d" else 3)
+    x = jax.ShapeDtypeStruct((1, *spatial, network.in_channels), jnp.float32)
+    expected = paths.flatten(jax.eval_shape(network.init, jax.random.key(0), x)["params"])
+    absent, foreign = expected.keys() - flat.keys(), flat.keys() - expected.keys()
+    for kind, leaves in (("lacks", absent), ("has the unexpected", foreign)):
+        if leaves:
+            more = f" and {len(leaves) - 1} more" if len(leaves) > 1 else ""
+            raise ValueError(f"{where} {kind} parameter {min(leaves)}{more}: it belongs to another network")
+    for path, leaf in expected.items():
+        if tuple(flat[path].shape) != tuple(leaf.shape):
+            raise ValueError(f"{where}: parameter {path} has shape {tuple(flat[path].shape)}, "
+                             f"the network needs {tuple(leaf.shape)}")
+        if flat[path].dtype != np.float32:
+            raise ValueError(f"{where}: parameter {path} is {flat[path].dtype}, the format holds float32")
