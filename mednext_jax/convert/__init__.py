@@ -1,0 +1,1 @@
+"""Weights from and to PyTorch: one table of names, safe readers, UpKern."""
