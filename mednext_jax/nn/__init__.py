@@ -1,0 +1,1 @@
+"""The network: depthwise operations, blocks, adapters, MedNeXt. Flax is imported here alone."""
