@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; what was written there takes its place when the block ends well.
+    """Yields a temporary path beside ``path``; what is written there takes its place if the block ends well.
 
     The temporary name starts with a dot, so no scan of the folder takes a half-written file for a real one.
     """

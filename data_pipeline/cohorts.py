@@ -3,8 +3,8 @@
 Two naming schemes are known, at any depth, as ``.nii`` or ``.nii.gz``:
 
 * ``brats2021`` (2018 to 2021): ``BraTS2021_00000_{flair,t1,t1ce,t2,seg}``, ``BraTS20_Training_001_flair``;
-* ``brats2023`` (2023 and later): ``BraTS-SSA-00002-000-{t1n,t1c,t2w,t2f,seg}`` with any cohort code; the number after
-  the patient's is the time point, so ``BraTS-GLI-00005-000`` and ``-001`` are one patient.
+* ``brats2023`` (2023 and later): ``BraTS-SSA-00002-000-{t1n,t1c,t2w,t2f,seg}`` with any cohort code; the
+  number after the patient's is the time point, so ``BraTS-GLI-00005-000`` and ``-001`` are one patient.
 
 Channels go by name, never by position: ``CHANNELS`` is the one order.
 """
@@ -130,12 +130,12 @@ def survey(folder: str | Path) -> tuple[list[Case], list[Problem]]:
         # Some archives unpack into a folder per file that keeps the good name: case_t1.nii/0057_brain.nii
         name = parse_name(path.name) or parse_name(path.parent.name)
         if name is None:
-            text = f"{shown(path)} fits no naming scheme; rename it like {EXAMPLES}, or take it out of the folder"
+            text = f"{shown(path)} fits no naming scheme; rename it like {EXAMPLES}, or take it away"
             problems.append(Problem("", "unknown name", text))
             continue
         entry = found.setdefault(name.case_id, _Found(name))
         same = entry.files.setdefault(name.content, [])
-        if os.path.realpath(path) not in map(os.path.realpath, same):  # a link beside its target is no second case
+        if os.path.realpath(path) not in map(os.path.realpath, same):  # a link to a file is no second file
             same.append(path)
     cases = []
     for case_id in sorted(found):
@@ -175,7 +175,7 @@ def _assemble(found: _Found) -> tuple[Case | None, list[Problem]]:
 def _nifti_files(folder: Path, problems: list[Problem]) -> Iterator[Path]:
     """NIfTI files below ``folder`` in a stable order, each real folder once.
 
-    Links are followed, since cohorts are often put together by links; a loop ends where it meets a folder already seen.
+    Links are followed, since cohorts are often put together by links; a loop ends at a folder already seen.
     """
     seen: set[str] = set()
 
@@ -189,7 +189,7 @@ def _nifti_files(folder: Path, problems: list[Problem]) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _IGNORED_FOLDERS)
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and n not in _IGNORED_FOLDERS)
         for name in sorted(files):
             if not name.startswith(".") and _EXTENSION.search(name):
                 yield Path(root, name)

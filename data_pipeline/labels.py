@@ -1,8 +1,8 @@
 """Label values of the BraTS releases, and the one canonical set that everything behind the scan uses.
 
-Canonical labels are those of BraTS 2023 and later: 0 background, 1 necrotic core (NCR, NETC), 2 oedema (ED, SNFH),
-3 enhancing tumour (ET). BraTS 2021 and before wrote ET as 4 and never used 3. Post-treatment cases of 2024 use 4 for
-the resection cavity, so a 4 is never turned into ET unless the file's naming says that it is from 2021 or before.
+Canonical labels are those of BraTS 2023 and later: 0 background, 1 necrotic core (NCR, NETC), 2 oedema (ED,
+SNFH), 3 enhancing tumour (ET). BraTS 2021 and before wrote ET as 4 and never used 3. Post-treatment cases of
+2024 use 4 for the resection cavity, so a 4 becomes ET only if the file is named as in 2021 or before.
 
 Source: BraTS 2021 (arXiv:2107.02314) and BraTS 2023/2024 data descriptions.
 """
@@ -36,7 +36,10 @@ def distinct_values(array: np.ndarray) -> list[float]:
 
 
 def detect_scheme(
-    naming: str, values: Iterable[float], source: str = "segmentation", label_map: Mapping[int, int] | None = None
+    naming: str,
+    values: Iterable[float],
+    source: str = "segmentation",
+    label_map: Mapping[int, int] | None = None,
 ) -> str:
     """Label scheme of a file from its naming, confirmed by the values found in it.
 
@@ -58,13 +61,17 @@ def detect_scheme(
         known = ", ".join(str(value) for value in sorted(table))
         why = _MEANING_OF_4 if naming == "brats2023" and 4 in unknown else ""
         example = next((int(v) for v in unknown if float(v).is_integer() and 0 <= v <= 255), None)
-        remedy = f"map it with --label_map={example}:0 or correct the file" if example is not None else "correct the file"
-        raise ValueError(f"{source}: label value {shown} is unknown in {naming} naming (known: {known}); {why}{remedy}")
+        remedy = "correct the file" if example is None else f"correct it or map it: --label_map={example}:0"
+        what = f"label value {shown} is unknown in {naming} naming (known: {known})"
+        raise ValueError(f"{source}: {what}; {why}{remedy}")
     return naming
 
 
 def to_canonical(
-    array: np.ndarray, scheme: str, label_map: Mapping[int, int] | None = None, source: str = "segmentation"
+    array: np.ndarray,
+    scheme: str,
+    label_map: Mapping[int, int] | None = None,
+    source: str = "segmentation",
 ) -> np.ndarray:
     """Turns a file's label values into canonical ones.
 
@@ -135,7 +142,8 @@ def check_label_map(label_map: Mapping[int, int] | None) -> dict[int, int]:
     """
     for value, label in (label_map or {}).items():
         if not 0 <= value <= 255 or label not in NAMES:
-            raise ValueError(f"label map {value}:{label}: the value must be 0 to 255 and the canonical label 0 to 3")
+            rule = "the value in the file must be 0 to 255 and the canonical label 0 to 3"
+            raise ValueError(f"label map {value}:{label}: {rule}")
     return dict(label_map or {})
 
 
