@@ -1,0 +1,238 @@
+"""An adapter on disk: what one site trained, apart from the base it was trained on.
+
+    <directory>/adapter_model.safetensors   the trained parameters, one float32 tensor per flat path
+    <directory>/adapter_config.json         method and options, hash of the base, channels, normalisation,
+    cohort, scores <directory>/README.md                   the same for people
+
+Only JSON and safetensors are read, from these two fixed names, so opening a stranger's adapter runs no code
+of theirs. The configuration holds the hashes of the base and of the tensors: an adapter goes onto its own
+base, or is refused.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from mednext_jax import modeldir
+from mednext_jax.nn import paths
+from mednext_jax.nn.mednext import parameter_shapes
+from mednext_jax.peft import attach, registry, rules
+
+FORMAT = "mednext_jax.adapter"
+FORMAT_VERSION = 1
+TENSORS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter in memory.
+
+    Attributes:
+      method: what was added and trained.
+      tensors: the trained parameters, flat, float32 numpy arrays.
+      config: the content of ``adapter_config.json``.
+    """
+
+    method: registry.Method
+    tensors: Mapping[str, np.ndarray]
+    config: Mapping[str, Any]
+
+    def apply_to(self, model: Any, base_params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The adapted network and its nested parameters: the base's with this adapter's in their places.
+
+        Raises:
+          ValueError: the adapter does not fit the network.
+        """
+        adapted = model.clone(adapters=self.method.adapters)
+        expected = parameter_shapes(adapted)
+        trainable, _ = rules.split(expected, self.method.rule)
+        attach.check_params(self.tensors, trainable, "this adapter's method on this network")
+        return adapted, paths.unflatten({**paths.flatten(base_params), **self.tensors})
+
+
+def save_adapter(
+    directory: str | os.PathLike,
+    method: registry.Method,
+    params: Mapping[str, Any],
+    base_params: Mapping[str, Any],
+    info: modeldir.ModelInfo,
+    cohort: str = "",
+    scores: Mapping[str, float] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the trained part of ``params``, bound to its base, into ``directory``.
+
+    Each file is written under a temporary name and renamed, the configuration last.
+
+    Args:
+      directory: made if needed; the adapter's three files in it are replaced, others left alone.
+      params: all parameters of the adapted network (or the trained ones alone), nested or flat.
+      base_params: the base's parameters, as its model directory holds them.
+      info: the base's description; gives channels, normalisation and output.
+      cohort: a name for what it was trained on.
+      scores: metric name -> value.
+      provenance: free JSON: configuration, versions.
+
+    Returns: the directory.
+
+    Raises:
+      ValueError: the method trains nothing in ``params``, or ``scores`` or ``provenance`` are not JSON.
+    """
+    trained, _ = rules.split(params, method.rule)
+    tensors = {path: np.ascontiguousarray(np.asarray(trained[path], np.float32)) for path in sorted(trained)}
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "method": method.name,
+        "options": method.options,
+        "parameters": sum(leaf.size for leaf in tensors.values()),
+        "base_hash": modeldir.params_hash(base_params),
+        "tensors_hash": modeldir.params_hash(tensors),
+        "channels": info.channels,
+        "normalization": info.normalization,
+        "output": info.output,
+        "label_scheme": info.label_scheme,
+        "regions": info.regions,
+        "cohort": cohort,
+        "scores": dict(scores or {}),
+        "provenance": dict(provenance or {}),
+    }
+    try:
+        text = json.dumps(config, indent=1) + "\n"
+    except TypeError as error:
+        raise ValueError(
+            f"the description of the adapter for {directory} is not plain JSON: {error}"
+        ) from None
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(directory / TENSORS_FILE, lambda file: save_file(tensors, file))
+    _write(directory / CARD_FILE, lambda file: file.write_text(_card(config), encoding="utf-8"))
+    _write(directory / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+    return directory
+
+
+def load_adapter(
+    directory: str | os.PathLike, base_params: Mapping[str, Any], force: bool = False
+) -> AdapterFile:
+    """Read an adapter and check that it belongs to ``base_params``.
+
+    Args:
+      force: take an adapter that was trained on another base (its shapes must still fit).
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged, foreign or of another format version, or the adapter belongs to another
+        base.
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    found = modeldir.params_hash(base_params)
+    if config["base_hash"] != found and not force:
+        raise ValueError(
+            f"{directory} was trained on the base {_short(config['base_hash'])}, "
+            f"this one is {_short(found)}: give its own base, or force it knowing that the scores no longer hold"
+        )
+    file = directory / TENSORS_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: copy the whole adapter directory")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged or truncated ({error}); copy it again") from None
+    if modeldir.params_hash(tensors) != config["tensors_hash"]:
+        raise ValueError(
+            f"{file} does not have the hash that {CONFIG_FILE} records: "
+            "one of the two files was changed; copy the adapter again"
+        )
+    return AdapterFile(_method_of(config, directory / CONFIG_FILE), tensors, config)
+
+
+def load_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """Read and check ``adapter_config.json`` alone (cheap). Errors as :func:`load_adapter`."""
+    file = Path(directory) / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: give the directory of a saved adapter")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{file} is not the configuration of a {FORMAT}")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format version {config.get('format_version')}, this program reads "
+            f"{FORMAT_VERSION}: use the program's version that wrote it"
+        )
+    for field, kind in {
+        "method": str,
+        "options": dict,
+        "base_hash": str,
+        "tensors_hash": str,
+        "channels": list,
+        "normalization": str,
+    }.items():
+        if not isinstance(config.get(field), kind):
+            raise ValueError(f"{file} lacks a proper {field!r}; copy it again")
+    return config
+
+
+def _method_of(config: Mapping[str, Any], file: Path) -> registry.Method:
+    try:
+        parts = [
+            registry.create(
+                name,
+                **{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()},
+            )
+            for name, options in config["options"].items()
+        ]
+        return registry.compose(*parts) if len(parts) > 1 else parts[0]
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{file} does not describe a method of this program: {error}") from None
+
+
+def _write(file: Path, write: Any) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _short(digest: str) -> str:
+    return digest[: len("sha256:") + 12]
+
+
+def _card(config: Mapping[str, Any]) -> str:
+    options = "; ".join(
+        f"{name}: " + (", ".join(f"{key}={value}" for key, value in opts.items()) or "no options")
+        for name, opts in config["options"].items()
+    )
+    scores = "\n".join(f"| {name} | {value:.4g} |" for name, value in config["scores"].items())
+    table = f"| score | value |\n|---|---|\n{scores}\n" if scores else "No scores were recorded.\n"
+    return f"""# Adapter: {config["method"]}
+
+A fine-tuning of a MedNeXt base: {config["parameters"]:,} trained parameters. It works on that base alone.
+
+| | |
+|---|---|
+| method | {options} |
+| base | `{config["base_hash"]}` |
+| cohort | {config["cohort"] or "not named"} |
+| channels, in order | {", ".join(config["channels"])} |
+| normalisation | {config["normalization"]} |
+| output | {config["output"]}: {", ".join(config["regions"])} |
+
+{table}
+Use: `python launch/predict.py --model=BASE --adapter=THIS_DIRECTORY --input=CASES --output=PREDICTIONS`.
+For research only; not a medical device.
+"""

@@ -1,0 +1,69 @@
+"""Putting a method's additions into a network that has already been trained."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mednext_jax.nn import paths
+from mednext_jax.nn.mednext import DIVISOR, parameter_shapes
+from mednext_jax.peft import rules
+
+
+def attach(
+    model: Any,
+    base_params: Mapping[str, Any],
+    adapters: tuple,
+    rule: rules.Rule,
+    fresh: rules.Rule | None,
+    key: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """The model with ``adapters``, and its nested parameters: the base's, and drawn ones where it has none.
+
+    Raises:
+      ValueError: the model has adapters already, the parameters are not its own, or the adapters or a rule do
+        not fit.
+    """
+    if model.adapters:
+        raise ValueError("the network has adapters already; start from its base, or merge them first")
+    base = paths.flatten(base_params)
+    check_params(base, parameter_shapes(model), "the network")
+    adapted = model.clone(adapters=tuple(adapters))
+    wanted = parameter_shapes(adapted)
+    check_params(base, {path: leaf for path, leaf in wanted.items() if path in base}, "the adapted network")
+    rules.split(wanted, rule)  # every clause must match something
+    new = wanted.keys() - base.keys()
+    if fresh is not None:
+        new |= rules.split(wanted, fresh)[0].keys()
+    return adapted, paths.unflatten({**base, **draw(adapted, key, new)})
+
+
+def draw(model: Any, key: Any, wanted: set[str]) -> dict[str, jax.Array]:
+    """The initial values of the ``wanted`` paths; the compiler drops all else that ``init`` does."""
+    if not wanted:
+        return {}
+
+    def values(key):
+        x = jnp.zeros((1, *(DIVISOR,) * int(model.dim[0]), model.in_channels))
+        flat = paths.flatten(model.init(key, x)["params"])
+        return {path: flat[path] for path in sorted(wanted)}
+
+    return jax.jit(values)(key)
+
+
+def check_params(flat: Mapping[str, Any], expected: Mapping[str, Any], owner: str) -> None:
+    """Raise one line unless ``flat`` has exactly the paths and shapes of ``expected``."""
+    for verb, leaves in (
+        ("lack", expected.keys() - flat.keys()),
+        ("have the unexpected", flat.keys() - expected.keys()),
+    ):
+        if leaves:
+            raise ValueError(
+                f"the parameters {verb} {min(leaves)} ({len(leaves)} such): they are not those of {owner}"
+            )
+    for path, leaf in expected.items():
+        if tuple(flat[path].shape) != tuple(leaf.shape):
+            raise ValueError(
+                f"{path} has shape {tuple(flat[path].shape)}, but {owner} needs {tuple(leaf.shape)}"
+            )
