@@ -1,0 +1,79 @@
+"""Work over many cases in several processes."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from data_pipeline.progress import track
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def run(
+    function: Callable[[_Item], _Result],
+    items: Sequence[_Item],
+    *,
+    workers: int | None,
+    title: str,
+    progress: bool = True,
+) -> list[_Result]:
+    """``[function(item) for item in items]`` in several processes.
+
+    Args:
+      function: a module-level function or a ``functools.partial`` of one: it travels to fresh processes.
+      workers: number of processes; None takes one per usable core. With 1, or for one item, no process is
+        started. More need a ``if __name__ == "__main__":`` guard in the main script.
+
+    Raises:
+      ValueError: workers below 1.
+      ChildProcessError: a worker died, most often for want of memory.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}: at least 1 is needed")
+    count = min(workers or usable_cores(), len(items))
+
+    def watched(results: Iterable) -> Iterable:
+        return track(results, len(items), title) if progress else results
+
+    if count > 1:
+        return _run_pool(function, items, count, watched)
+    return list(watched(map(function, items)))
+
+
+def usable_cores() -> int:
+    """Cores this process may use, which on a shared machine are fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callable) -> list:
+    # Spawned, not forked: the caller may run threads (JAX does), which a fork would break.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            for future in watched(as_completed(futures)):
+                future.result()
+        except BrokenProcessPool as error:
+            text = "a worker process died (out of memory?); try fewer workers, finished cases are kept"
+            raise ChildProcessError(text) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
+
+
+def _follow_parent() -> None:
+    """Ends this worker when its parent is gone: a killed parent cannot tell its workers to stop."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,193 @@
+"""Makes a store of a folder of raw cases: checked, prepared in parallel, resumable, split."""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import nibabel
+import numpy as np
+
+from data_pipeline import cohorts, integrity, labels, parallel, store, store_files
+from data_pipeline import splits as splitting
+from data_pipeline.cohorts import Case, Problem, shown
+from data_pipeline.integrity import check
+from data_pipeline.prepare import load_for_prediction, prepare, preprocess_case, restore
+
+__all__ = ["check", "load_for_prediction", "preprocess", "preprocess_case", "restore"]
+
+_MOST_SHOWN = 5
+
+
+def preprocess(
+    input_folder: str | Path,
+    store_path: str | Path,
+    *,
+    workers: int | None = None,
+    seed: int = 0,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.0,
+    folds: int = 5,
+    splits: str | Path | None = None,
+    label_map: Mapping[int, int] | None = None,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> store.Store:
+    """Makes a store of all cases below ``input_folder``; run again, it goes on where it stopped.
+
+    Cases whose files and label map are unchanged are kept. A bad case does not keep the others from being
+    prepared, but the store is complete only when there is none, or with ``skip_bad``.
+
+    Args:
+      workers: processes; None takes one per usable core, see ``parallel.run``.
+      seed, val_fraction, test_fraction, folds: see ``splits.make_splits``.
+      splits: file with the user's own splits instead, see ``splits.read_splits``.
+      label_map: {value in a segmentation: canonical label}, for values that the naming does not explain.
+      skip_bad: leave cases with problems out instead of stopping.
+      progress: show a bar (lines where there is no terminal), and warnings.
+
+    Raises:
+      FileNotFoundError: no such folder.
+      ValueError: no case, problems in the data, impossible splits, or a store of other cases there.
+      OSError: the disk is full, the folder cannot be written, a worker died (ChildProcessError).
+    """
+    label_map = labels.check_label_map(label_map)
+    cases, problems = cohorts.survey(input_folder)
+    if not cases and not problems:
+        raise ValueError(f"{shown(input_folder)}: no BraTS case; files must be named like {cohorts.EXAMPLES}")
+    _stop_if_bad(problems, input_folder, skip_bad)
+
+    def split(patients: Mapping[str, str]) -> dict:
+        if splits:
+            return splitting.read_splits(splits, patients, {p.case_id for p in problems if not p.warning})
+        fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
+        return splitting.make_splits(patients, seed=seed, folds=folds, **fractions)
+
+    # Once before the long work, so that a wrong fraction or name is told at once.
+    split({case.case_id: case.patient_id for case in cases if case.segmentation})
+    with store.writing(store_path):
+        _refuse_other_cases(Path(store_path), cases, problems)
+        work = partial(_prepare_into, Path(store_path), label_map)
+        results = parallel.run(work, cases, workers=workers, title="preprocess", progress=progress)
+        problems += [problem for _, found in results for problem in found]
+        _stop_if_bad(problems, input_folder, skip_bad)
+        if progress:
+            _print_problems(problems)
+        records = [record for record, _ in results if record is not None]
+        if not records:
+            raise ValueError(f"{shown(input_folder)}: every case has problems; first: {problems[0]}")
+        patients = {record["case_id"]: record["patient_id"] for record in records if record["labelled"]}
+        settings = _provenance(label_map)
+        return store.write_dataset(store_path, records, split(patients), _data_hash(records), settings)
+
+
+def _prepare_into(path: Path, label_map: dict[int, int], case: Case) -> tuple[dict | None, list[Problem]]:
+    """Prepares one case into the store at ``path``, unless it is there; returns its record and problems."""
+    record = _unchanged(path, label_map, case)
+    if record is None:
+        sources = {content: _fingerprint(file) for content, file in _files(case).items()}
+        found = integrity.examine(case, label_map)
+        if found.serious:
+            return None, found.problems
+        image, label, record = prepare(case, found)
+        record["sources"] = sources
+        record["label_map"] = _json_map(label_map)
+        record["warnings"] = [[problem.kind, problem.message] for problem in found.problems]
+        record = store.write_case(path, case.case_id, image, label, record)
+    warnings = [Problem(case.case_id, kind, message, True) for kind, message in record["warnings"]]
+    return {name: value for name, value in record.items() if name != "foreground"}, warnings
+
+
+def _unchanged(path: Path, label_map: dict[int, int], case: Case) -> dict | None:
+    """Record of a case that is in the store already, whole and from the same files with the same settings."""
+    folder = store.case_folder(path, case.case_id)
+    try:
+        record = store_files.read_record(folder / "case.json", case.case_id)
+        if (record["format_version"], record["label_map"]) != (store.FORMAT_VERSION, _json_map(label_map)):
+            return None
+        store_files.open_array(folder / "image.npy", np.float16, (*record["shape"], len(cohorts.CHANNELS)))
+        if record["labelled"]:
+            store_files.open_array(folder / "label.npy", np.uint8, tuple(record["shape"]))
+        files = _files(case)
+        same = record["sources"].keys() == files.keys() and all(
+            _is_same(record["sources"][content], file) for content, file in files.items()
+        )
+        return record if same else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # absent or damaged: prepare it anew
+
+
+def _files(case: Case) -> dict[str, Path]:
+    segmentation = {cohorts.SEGMENTATION: case.segmentation} if case.segmentation else {}
+    return {**case.images, **segmentation}
+
+
+def _fingerprint(path: Path) -> dict | None:
+    """Name, size, time and hash of a source file; None if unreadable, which the examination will report."""
+    try:
+        status = os.stat(path)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+    return {"file": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest}
+
+
+def _is_same(known: Mapping, path: Path) -> bool:
+    """Whether a file is what the record says: by size and time, else by content (copies change the time)."""
+    status = os.stat(path)
+    if (known["file"], known["bytes"]) != (path.name, status.st_size):
+        return False
+    now = _fingerprint(path) if known["mtime_ns"] != status.st_mtime_ns else known
+    return now is not None and now["sha256"] == known["sha256"]
+
+
+def _stop_if_bad(problems: Sequence[Problem], folder: str | Path, skip_bad: bool) -> None:
+    serious = [problem for problem in problems if not problem.warning]
+    if serious and not skip_bad:
+        more = f" | and {len(serious) - _MOST_SHOWN} more" if len(serious) > _MOST_SHOWN else ""
+        listed = " | ".join(map(str, serious[:_MOST_SHOWN]))
+        remedy = "correct them (--check_only lists all) or leave those cases out with --skip_bad"
+        noun = "1 problem" if len(serious) == 1 else f"{len(serious)} problems"
+        raise ValueError(f"{shown(folder)}: {noun}; {remedy}: {listed}{more}")
+
+
+def _print_problems(problems: Sequence[Problem]) -> None:
+    for problem in problems[:_MOST_SHOWN]:
+        print(f"{'warning' if problem.warning else 'left out'}: {problem}", file=sys.stderr)
+    if len(problems) > _MOST_SHOWN:
+        print(f"... and {len(problems) - _MOST_SHOWN} more; --check_only lists all", file=sys.stderr)
+
+
+def _refuse_other_cases(path: Path, cases: Sequence[Case], problems: Sequence[Problem]) -> None:
+    """A store belongs to one input: making it of another would silently drop the cases it has."""
+    if not (path / "dataset.json").exists():
+        return
+    known = {case.case_id for case in cases} | {problem.case_id for problem in problems}
+    others = sorted(store_files.read_dataset(path / "dataset.json")["cases"].keys() - known)
+    if others:
+        text = f"the store holds {len(others)} cases that the input lacks (first: {others[0]})"
+        raise ValueError(f"{shown(path)}: {text}; choose another folder, or delete it first")
+
+
+def _json_map(label_map: Mapping[int, int]) -> dict[str, int]:
+    return {str(value): label for value, label in sorted(label_map.items())}
+
+
+def _data_hash(records: Sequence[Mapping]) -> str:
+    """Hash over the sources' contents and the settings: equal for equal stores, wherever they lie."""
+    content = sorted(
+        [r["case_id"], r["naming"], r["label_map"], sorted((k, s["sha256"]) for k, s in r["sources"].items())]
+        for r in records
+    )
+    text = json.dumps([store.FORMAT_VERSION, store.NORMALIZATION, content])
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _provenance(label_map: Mapping[int, int]) -> dict:
+    software = {"python": platform.python_version(), "numpy": np.__version__, "nibabel": nibabel.__version__}
+    return {"label_map": _json_map(label_map), "software": software}
