@@ -31,6 +31,16 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def with_underscores(argv: Sequence[str]) -> list[str]:
+    """``--check-only`` as ``--check_only``: people type dashes, absl knows flags by their Python names."""
+    result = list(argv)
+    for i, argument in enumerate(argv):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            result[i] = f"--{name.replace('-', '_')}{equals}{value}"
+    return result
+
+
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Parses flags, calls ``main(argv)`` and ends the process with its return value (``None`` means 0)."""
     cache_compilations()
@@ -47,4 +57,4 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(1)
 
-    app.run(guarded)
+    app.run(guarded, argv=with_underscores(sys.argv))
