@@ -1,0 +1,93 @@
+"""Reads a Grain dataset: threads or worker processes, bounded buffers, and no wait without an end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+
+import grain
+import numpy as np
+from absl import flags
+
+
+class Reader:
+    """Reads a dataset of dicts of arrays from its start, one element per ``read``.
+
+    The waiting is done in a thread, so that it can end: Grain itself waits for ever on a worker that is alive
+    but stuck.
+    """
+
+    def __init__(self, dataset, workers: int, threads: int, buffer: int):
+        self._iterator = iterate(dataset, workers, threads, buffer)
+        self._shared = workers > 0
+        self._orders: queue.SimpleQueue = queue.SimpleQueue()
+        self._results: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="stream-reader", daemon=True).start()
+
+    def _serve(self) -> None:
+        while self._orders.get():
+            try:
+                element = next(self._iterator)
+                if self._shared:  # out of shared memory, which is small (64 MB in many containers)
+                    element = {name: np.array(value) for name, value in element.items()}
+                self._results.put((element, None))
+            except BaseException as error:  # handed to the caller, who raises it
+                self._results.put((None, error))
+
+    def read(self, timeout: float):
+        """Returns the next element, or raises what went wrong; after that only ``close`` is allowed."""
+        self._orders.put(True)
+        try:
+            batch, error = self._results.get(timeout=timeout)
+        except queue.Empty:
+            raise TimeoutError(
+                f"no training batch within {timeout:g} s: a reader hangs; check the disk that holds the store"
+            ) from None
+        if isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):
+            cause, remedy = str(error).split(". ")[0], "if memory or /dev/shm ran out, use fewer data workers"
+            raise ChildProcessError(f"{cause}; {remedy} (0 reads in threads)") from error
+        if error is not None:
+            raise error
+        return batch
+
+    def close(self) -> None:
+        self._orders.put(False)
+        self._iterator.close()
+
+
+def iterate(dataset, workers: int, threads: int, buffer: int):
+    """Returns Grain's iterator over the dataset, which reads ahead at most about ``buffer`` elements.
+
+    In ``threads`` of this process (0: when asked) or in ``workers`` processes, each with one thread.
+    """
+    if workers == 0:
+        # Grain's default buffer is 500 elements: 500 batches would not fit in memory.
+        ahead = max(buffer, threads) if threads else 0
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        return iter(dataset.to_iter_dataset(options))
+    if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which a notebook or a test never parses
+        flags.FLAGS.mark_as_parsed()
+    one_by_one = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    options = grain.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=max(1, buffer // workers)
+    )
+    return iter(dataset.to_iter_dataset(one_by_one).mp_prefetch(options, worker_init_fn=_set_up_worker))
+
+
+def _set_up_worker(index: int, count: int) -> None:
+    """Keeps a worker process off the accelerator, deaf to Ctrl-C, and from outliving its parent."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # Grain imports it where it is installed
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business: it closes the workers
+    parent = multiprocessing.parent_process()
+
+    def leave_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
