@@ -139,8 +139,8 @@ def _branch_of(module: nn.Module, adapter: Adapter, source: Array, like: Array) 
     size = adapter.kernel_size or getattr(module, "kernel_size", 3)
     if adapter.kind == "conv":
         mode = getattr(module, "mode", "same") if adapter.placement == "parallel" else "same"
-        y = ConvAdapter(like.shape[-1], adapter.gamma, (size,) * spatial, mode, adapter.scale, name=adapter.name)(source)
-        return front_plane(y) if mode == "up" else y
+        branch = ConvAdapter(like.shape[-1], adapter.gamma, (size,) * spatial, mode, adapter.scale, name=adapter.name)
+        return front_plane(branch(source)) if mode == "up" else branch(source)
     if source.shape != like.shape:
         raise ValueError(f"a parallel {adapter.kind} adapter cannot change the shape, as {'/'.join(module.path)} does; "
                          "use placement='sequential' there")

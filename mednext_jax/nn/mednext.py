@@ -195,8 +195,8 @@ class MedNeXt(nn.Module):
         for adapter in self.adapters:
             allowed = [*sites["module"], *sites["layer"]] if adapter.kind == "ssf" else sites[adapter.site_kind]
             if not any(adapter.matches(site) for site in allowed):
-                raise ValueError(f"the {adapter.kind} adapter's target {adapter.target!r} matches no {adapter.site_kind} "
-                                 "of the network")
+                raise ValueError(f"the {adapter.kind} adapter's target {adapter.target!r} matches no "
+                                 f"{adapter.site_kind} of the network")
 
 
 def create_mednext(
