@@ -9,27 +9,27 @@ whole or not at all, and its parameters are checked against the network and thei
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from mednext_jax import directories
 from mednext_jax.nn import paths
-from mednext_jax.nn.mednext import MedNeXt
+from mednext_jax.nn.mednext import MedNeXt, parameter_shapes
 
 FORMAT = "mednext_jax.model"
 FORMAT_VERSION = 1
 DESCRIPTION_FILE = "model.json"
 PARAMETERS_FILE = "model.safetensors"
+_shapes_of = functools.lru_cache(maxsize=8)(parameter_shapes)  # tracing a network takes a second
 OUTPUTS = ("regions", "labels")
 
 
@@ -113,26 +113,17 @@ def save_model(path: str | os.PathLike, info: ModelInfo, params: Mapping[str, An
       FileExistsError: ``path`` holds something that is not a model.
       ValueError: the parameters or the description do not fit the network, or the description is not JSON.
     """
-    path = Path(path)
-    _refuse_foreign(path)
     flat = _float32(params)
     _check_network(info, flat, f"model for {path}")
     info = dataclasses.replace(info, params_hash=params_hash(flat))
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION}
     try:
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
         text = json.dumps({**head, **dataclasses.asdict(info)}, indent=1)
     except TypeError as error:
         raise ValueError(f"the description of the model for {path} is not plain JSON: {error}") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    shutil.rmtree(whole, ignore_errors=True)
-    whole.mkdir()
-    try:
-        save_file(flat, whole / PARAMETERS_FILE)
-        (whole / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
-        _exchange(whole, path, old)
-    finally:
-        shutil.rmtree(whole, ignore_errors=True)
+    with directories.replacing(path, (DESCRIPTION_FILE, PARAMETERS_FILE), "a model") as staging:
+        save_file(flat, staging / PARAMETERS_FILE)
+        (staging / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
     return info
 
 
@@ -208,30 +199,6 @@ def _float32(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {path: np.ascontiguousarray(np.asarray(flat[path], np.float32)) for path in sorted(flat)}
 
 
-def _refuse_foreign(path: Path) -> None:
-    """Raise unless ``path`` is free, an empty directory or a model directory with nothing else in it."""
-    if not (path.exists() or path.is_symlink()):
-        return
-    real_directory = path.is_dir() and not path.is_symlink()
-    names = {entry.name for entry in path.iterdir()} if real_directory else {path.name}
-    foreign = sorted(names - {DESCRIPTION_FILE, PARAMETERS_FILE})
-    if foreign:
-        raise FileExistsError(f"{path} is not a model (it has {foreign[0]}); choose another place")
-
-
-def _exchange(whole: Path, path: Path, old: Path) -> None:
-    """Put the directory ``whole`` at ``path``; what was there comes back if that fails, and is removed if not."""
-    if path.exists():
-        path.rename(old)
-    try:
-        whole.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _check_network(info: ModelInfo, flat: Mapping[str, np.ndarray], where: str) -> None:
     """Compare the leaves' paths, shapes and dtypes with the network's, and its ends with the description."""
     network = info.network()
@@ -241,9 +208,7 @@ def _check_network(info: ModelInfo, flat: Mapping[str, np.ndarray], where: str) 
     if network.n_classes != info.n_outputs:
         raise ValueError(f"{where}: the network has {network.n_classes} outputs, but output={info.output!r} "
                          f"with regions {info.regions} needs {info.n_outputs}")
-    spatial = (32,) * (2 if network.dim == "2d" else 3)
-    x = jax.ShapeDtypeStruct((1, *spatial, network.in_channels), jnp.float32)
-    expected = paths.flatten(jax.eval_shape(network.init, jax.random.key(0), x)["params"])
+    expected = _shapes_of(network)
     absent, foreign = expected.keys() - flat.keys(), flat.keys() - expected.keys()
     for kind, leaves in (("lacks", absent), ("has the unexpected", foreign)):
         if leaves:
