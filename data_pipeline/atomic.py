@@ -11,9 +11,11 @@ from pathlib import Path
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; what is written there takes its place if the block ends well.
 
-    The temporary name starts with a dot, so no scan of the folder takes a half-written file for a real one.
+    The folder is made if there is none. The temporary name starts with a dot, so that no scan of the folder
+    takes a half-written file for a real one.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -32,5 +34,5 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_json(path: str | Path, content: object) -> None:
-    """Writes ``content`` as JSON (no NaN: it is not JSON) with one entry per line at the top levels."""
+    """Writes ``content`` as indented JSON; NaN is refused, since it is not JSON."""
     write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())

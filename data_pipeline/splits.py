@@ -86,7 +86,7 @@ def read_splits(path: str | Path, patients: Mapping[str, str], left_out: Collect
         raise FileNotFoundError(f"{shown(path)}: no such file with splits") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{shown(path)} is no valid JSON ({error})") from error
-    if isinstance(content, list):
+    if isinstance(content, list) and all(isinstance(fold, dict) for fold in content):
         content = {f"fold{k}": fold for k, fold in enumerate(content)}
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{shown(path)}: expected an object of named lists, or a list of train/val pairs")
