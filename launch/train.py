@@ -1,0 +1,71 @@
+r"""Trains or fine-tunes a network as a config says; the same --workdir goes on where it stopped.
+
+    python launch/train.py --config=configs/pretrain.py --config.data.root=DATA/BraTS2021
+    --workdir=runs/pretrain python launch/train.py --config=configs/peft.py
+    --config.data.root=DATA/BraTS-Africa \
+        --config.init_from=runs/pretrain --workdir=runs/peft
+    python launch/train.py --config=configs/peft.py --config.peft.method=lora+head ... --dry_run
+
+Exit codes: 0 finished; 1 an error, told in one line; 75 stopped by SIGTERM or SIGUSR1 and 130 by Ctrl-C,
+both after saving: the same command goes on.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # configs/ is not installed
+
+import command
+from absl import flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment file, such as configs/peft.py or configs/peft.py:demo.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, logs and the model go here.")
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Show what the method trains and costs beside full fine-tuning; no data."
+)
+DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
+
+
+def run(config, workdir: str) -> dict:
+    """Trains; returns what ``train.loop.fit`` returns."""
+    if config.deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAG}".strip()
+    import training_data  # only now: importing JAX reads the flags above
+
+    from mednext_jax.train import loop
+
+    data = training_data.open_data(config, workdir)
+    try:
+        return loop.fit(config, data, workdir)
+    finally:
+        data.stream.close()
+
+
+def main(_) -> int:
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every file it opens
+    config = CONFIG.value
+    if config is None:
+        raise ValueError("no --config: give an experiment file, such as --config=configs/peft.py")
+    if DRY_RUN.value:
+        import dry_run
+
+        print(dry_run.report(config))
+        return 0
+    if not WORKDIR.value:
+        raise ValueError("no --workdir: give the folder for checkpoints, logs and the model")
+    from mednext_jax.train.preemption import Interrupted
+
+    try:
+        run(config, WORKDIR.value)
+    except Interrupted as stopped:
+        print(stopped, flush=True)
+        return stopped.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,1 @@
+"""Training: losses, the optimizer over the parameter tree, the jitted step, the loop and its checkpoints."""

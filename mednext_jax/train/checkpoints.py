@@ -1,0 +1,195 @@
+"""Checkpoints: Orbax writes them, we decide what may come back.
+
+A step holds the training state (trainable leaves, optimizer, average, counters, key), a list of its leaves
+with shape, dtype and CRC32, and JSON records (data position, progress, config). The base is stored once per
+run, outside.
+
+Orbax alone restores a flipped byte without a word, pads leaves of another shape and casts leaves of another
+dtype (measured on 0.12.8). So a step is restored into the tree that its own list of leaves describes, each
+leaf is checked against its CRC32, and only then compared with what the run needs.
+"""
+
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
+
+from mednext_jax.train import devices
+
+RECORDS = ("data", "progress", "config")
+KEEP_LATEST = 2  # the newest and, should it be damaged, the one before; the best one is kept besides
+
+
+def flatten_state(state: Any) -> dict[str, Any]:
+    """Any tree as a flat dict ``{"trainable/stem/kernel": leaf}``, with JAX's own path names."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def describe_leaves(flat: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and CRC32 of every leaf, as plain JSON."""
+    return {
+        path: {
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+            "crc32": zlib.crc32(np.ascontiguousarray(leaf).tobytes()),
+        }
+        for path, leaf in flat.items()
+    }
+
+
+def compare(found: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError, naming a leaf, unless ``found`` has exactly the leaves, shapes and dtypes expected.
+
+    Args:
+      found: what :func:`describe_leaves` gave.
+      expected: flat dict of arrays or shapes.
+      where: what the message calls the checkpoint.
+    """
+    for kind, paths in (("lacks", expected.keys() - found.keys()), ("has", found.keys() - expected.keys())):
+        if paths:
+            verb = "which this run needs" if kind == "lacks" else "which this run does not know"
+            raise ValueError(
+                f"{where} {kind} {min(paths)} (and {len(paths) - 1} more), {verb}: it belongs to another "
+                "model, method or optimizer; give another --workdir or the config it was made with"
+            )
+    for path, leaf in expected.items():
+        shape, dtype = tuple(found[path]["shape"]), found[path]["dtype"]
+        if (shape, dtype) != (tuple(leaf.shape), str(leaf.dtype)):
+            raise ValueError(
+                f"{where}: {path} is {dtype}{list(shape)}, this run needs {leaf.dtype}{list(leaf.shape)}: "
+                "it belongs to another model"
+            )
+
+
+class Checkpoints:
+    """The ``checkpoints`` folder of a run. Saving goes on in the background while training does."""
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = Path(directory).absolute()
+        best = preservation.BestN(
+            get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False
+        )
+        latest = preservation.LatestN(KEEP_LATEST)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation.AnyPreservationPolicy([latest, best]),
+            cleanup_tmp_directories=True,
+        )
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise OSError(
+                f"cannot use {self.directory} for checkpoints: {error}; choose another --workdir"
+            ) from error
+
+    def steps(self) -> list[int]:
+        """Complete steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, records: Mapping[str, Any], score: float | None = None) -> None:
+        """Starts to write a step; copies the state first, so it may be donated at once.
+
+        Args:
+          state: tree of arrays, equal on all devices.
+          records: JSON values for each of :data:`RECORDS`.
+          score: validation score, for keeping the best step; None if it was not validated.
+        """
+        flat = flatten_state(devices.to_host(state))
+        items = {name: ocp.args.JsonSave(records[name]) for name in RECORDS}
+        items["leaves"] = ocp.args.JsonSave(describe_leaves(flat))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(flat), **items)
+        metrics = None if score is None else {"score": score}
+        with self._writing(step):
+            if not self._manager.save(step, args=args, metrics=metrics, force=True):
+                raise OSError("Orbax skipped it")
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises OSError if that failed."""
+        with self._writing(self._manager.latest_step()):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and frees the background threads."""
+        self.wait()
+        self._manager.close()
+
+    def discard_after(self, step: int) -> None:
+        """Deletes the steps after ``step``: a run that goes back to it will write them anew."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+
+    def records(self, step: int) -> dict[str, Any]:
+        """The JSON records of a step. Raises as :meth:`restore`."""
+        if step not in self.steps():
+            raise FileNotFoundError(
+                f"checkpoint {self.directory / str(step)} does not exist; complete steps are {self.steps()}"
+            )
+        return self._read(step, {name: ocp.args.JsonRestore() for name in RECORDS})
+
+    def restore(self, template: Any, step: int) -> Any:
+        """The state of a step as numpy arrays, checked leaf by leaf.
+
+        Args:
+          template: tree of arrays or shapes that the state must have.
+          step: one of :meth:`steps`.
+
+        Raises: ValueError or FileNotFoundError naming the folder and, where one is at fault, the leaf.
+        """
+        where = f"checkpoint {self.directory / str(step)}"
+        leaves = self._read(step, {"leaves": ocp.args.JsonRestore()})["leaves"]
+        expected = flatten_state(template)
+        compare(leaves, expected, where)
+        own = {path: np.empty(leaf["shape"], leaf["dtype"]) for path, leaf in leaves.items()}
+        flat = self._read(step, {"state": ocp.args.StandardRestore(own)})["state"]
+        for path, found in describe_leaves(flat).items():
+            if found != leaves[path]:
+                raise ValueError(f"{where} is damaged: {path} does not have its CRC32. {self._remedy(step)}")
+        _, structure = jax.tree_util.tree_flatten(template)
+        return jax.tree_util.tree_unflatten(structure, [flat[path] for path in expected])
+
+    def _read(self, step: int, items: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
+            missing = [name for name in items if found[name] is None]
+        except Exception as error:  # Orbax and TensorStore raise a dozen kinds for files cut, lost or altered
+            first_line = (str(error).splitlines() or [""])[0][:200]
+            raise ValueError(
+                f"checkpoint {self.directory / str(step)} can not be read "
+                f"({type(error).__name__}: {first_line}). {self._remedy(step)}"
+            ) from error
+        if missing:
+            raise ValueError(
+                f"checkpoint {self.directory / str(step)} lacks its item {missing[0]}. {self._remedy(step)}"
+            )
+        return {name: found[name] for name in items}
+
+    def _remedy(self, step: int) -> str:
+        earlier = [s for s in self.steps() if s < step]
+        if earlier:
+            return f"To go on from the step before, add --config.resume_step={earlier[-1]}"
+        return "There is no earlier step: start anew in another --workdir"
+
+    def _writing(self, step: int | None) -> "_Writing":
+        return _Writing(f"checkpoint {self.directory / str(step)} could not be written")
+
+
+class _Writing:
+    """Turns whatever a background write raises into one OSError with a remedy."""
+
+    def __init__(self, message: str):
+        self.message = message
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, Exception):
+            first_line = (str(error).splitlines() or [""])[0][:200]
+            raise OSError(f"{self.message} ({first_line}): check free space and permissions") from error

@@ -1,0 +1,57 @@
+"""Devices: the ``("data",)`` mesh over all of them, and putting arrays on it. One program for 1 to N."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Tree = Any
+
+
+def make_mesh(n_devices: int = 0) -> Mesh:
+    """A mesh with one axis ``data`` over the first ``n_devices`` devices of all processes; 0 means all.
+
+    The axis type is Auto: the default of ``jax.make_mesh`` is Explicit, where a gather in the loss raises.
+    """
+    devices = jax.devices()
+    if n_devices > len(devices):
+        raise ValueError(f"{n_devices} devices are asked for, {len(devices)} are there")
+    devices = devices[: n_devices or len(devices)]
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Raises ValueError, naming both numbers, unless the batch divides among devices and micro-batches."""
+    n_devices = mesh.devices.size
+    if batch_size < 1 or batch_size % n_devices:
+        raise ValueError(
+            f"config.data.batch_size is {batch_size}: it must be a multiple of the {n_devices} devices "
+            "(or set config.n_devices)"
+        )
+    if accumulate < 1 or batch_size % (n_devices * accumulate):
+        raise ValueError(
+            f"config.optim.accumulate is {accumulate}: accumulate x devices ({n_devices}) must divide "
+            f"config.data.batch_size ({batch_size})"
+        )
+
+
+def replicate(mesh: Mesh, tree: Tree) -> Tree:
+    """Copies of every leaf on every device. Takes host arrays that are equal in all processes."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)
+
+
+def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Splits this process's rows of the batch over its devices; returns global arrays."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def to_host(tree: Tree) -> Tree:
+    """Numpy copies that own their memory.
+
+    ``jax.device_get`` may return a view of the device's buffer on CPU, which a donating step then overwrites.
+    """
+    return jax.tree.map(lambda leaf: np.array(jax.device_get(leaf), copy=True), tree)

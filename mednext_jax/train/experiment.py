@@ -1,0 +1,184 @@
+"""From a config to the things a run is made of: network, method, loss, optimizer, step and validator."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from mednext_jax import modeldir, peft
+from mednext_jax.infer.sliding_window import SlidingWindow
+from mednext_jax.nn import paths
+from mednext_jax.nn.mednext import DIVISOR, MedNeXt
+from mednext_jax.train import augment, devices, losses, network, optimizer, schedules
+from mednext_jax.train import step as train_step
+from mednext_jax.train.validation import LoadCase
+
+Flat = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and validates on.
+
+    Attributes:
+      stream: endless batches ``{"image" (B, D, H, W, C), "label" (B, D, H, W) int32, "case_id"}`` of this
+        process; with ``get_state() -> JSON``, ``set_state``, which refuses a state of other data, and ``close``.
+      contract: channels, normalisation, label scheme and regions.
+      validation: case ids.
+      load: case id -> image (D, H, W, C), label (D, H, W).
+      name: of the cohort, for the records of the run.
+    """
+
+    stream: Iterator[dict[str, np.ndarray]]
+    contract: network.DataContract
+    validation: Sequence[str]
+    load: LoadCase
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All parts of a run but its state.
+
+    Attributes:
+      base: the network before the method.
+      method: what it adds and trains.
+      model: the network that is trained, method included.
+      trainable, frozen: flat dicts of initial values.
+      tx: the optimizer, over ``trainable``.
+      step: pure ``(state, frozen, batch) -> (state, metrics)``.
+      window: predicts probabilities of whole volumes.
+    """
+
+    base: network.Start
+    method: peft.Method
+    model: MedNeXt
+    trainable: Flat
+    frozen: Flat
+    tx: Any
+    step: Callable
+    window: SlidingWindow
+
+    @property
+    def info(self) -> modeldir.ModelInfo:
+        """The description of the trained network."""
+        return network.described(self.base.info, self.model)
+
+    def parameters(self, trainable: Mapping[str, Any]) -> dict[str, Any]:
+        """All parameters, nested, with these trainable leaves."""
+        return peft.merge_trees(trainable, self.frozen)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the field, for values no run can have."""
+    patch = config["data"]["patch_voxels"]
+    if len(patch) != 3 or any(size < DIVISOR or size % DIVISOR for size in patch):
+        raise ValueError(
+            f"config.data.patch_voxels is {tuple(patch)}: three sizes divisible by {DIVISOR} are needed"
+        )
+    positive = {
+        "optim.total_steps": config["optim"]["total_steps"],
+        "log_every": config["log_every"],
+        "checkpoint_every": config["checkpoint_every"],
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"config.{name} is {value}: at least 1 is needed")
+    for name in ("ema_decay", "layer_decay"):
+        if not 0 <= config["optim"][name] <= 1:
+            raise ValueError(
+                f"config.optim.{name} is {config['optim'][name]}: a number from 0 to 1 is needed"
+            )
+    if config["model"]["output"] not in modeldir.OUTPUTS:
+        raise ValueError(
+            f"config.model.output is {config['model']['output']!r}; it must be one of "
+            f"{', '.join(modeldir.OUTPUTS)}"
+        )
+
+
+def build(config: Mapping[str, Any], start: network.Start, mesh: jax.sharding.Mesh) -> Experiment:
+    """Puts the parts together.
+
+    Args:
+      config: plain values, see ``configs/default.py``.
+      start: the network and parameters before the method.
+
+    Raises: ValueError for a method, optimizer or augmentation that does not fit.
+    """
+    method = peft.from_config(_method_section(config))
+    base_model = start.info.network(**network.compute_options(config))
+    method_key = jax.random.fold_in(jax.random.key(config["seed"]), 1)
+    model, params = method.apply_to(base_model, start.params, method_key)
+    trainable, frozen = peft.split(params, method.rule)
+    stuck = sorted(start.new & frozen.keys())
+    if stuck:
+        raise ValueError(
+            f"config.peft.method={method.name} does not train {stuck[0]}, which was not loaded: it would stay "
+            f"random; add the heads (config.peft.method={method.name}+head) or set "
+            "config.model.deep_supervision=False"
+        )
+    added = {path for path in trainable if path not in paths.flatten(start.params)}
+    if method.fresh is not None:
+        added |= peft.split(params, method.fresh)[0].keys()
+    tx = optimizer.make_optimizer(config["optim"], trainable, new=added | (start.new & trainable.keys()))
+    info = start.info
+
+    def forward(flat: Flat, image: jax.Array) -> Any:
+        return model.apply({"params": paths.unflatten(flat)}, image)
+
+    step = train_step.make_train_step(
+        forward=forward,
+        loss=losses.make_loss(config["loss"], info.output, info.regions),
+        tx=tx,
+        schedule=schedules.make_schedule(config["optim"]),
+        augment=_augmentation(config, mesh),
+        accumulate=config["optim"]["accumulate"],
+        ema_decay=config["optim"]["ema_decay"],
+    )
+    window = SlidingWindow(
+        apply=lambda params, x: model.apply({"params": params}, x),
+        patch_voxels=tuple(config["data"]["patch_voxels"]),
+        n_outputs=info.n_outputs,
+        overlap=config["eval"]["overlap"],
+        windows_per_batch=config["eval"]["windows_per_device"] * len(jax.local_devices()),
+        flips=config["eval"]["flips"],
+        activation="sigmoid" if info.output == "regions" else "softmax",
+    )
+    return Experiment(start, method, model, trainable, frozen, tx, step, window)
+
+
+def _method_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config["peft"]`` with JSON's lists as the tuples that methods take."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in config["peft"].items()
+    }
+
+
+def _augmentation(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Callable | None:
+    """The augmentation of ``config["augment"]`` as ``(key, image, label) -> (image, label)``, or None."""
+    settings = dict(config["augment"])
+    if not settings.pop("enabled"):
+        return None
+    settings = augment.check_config(settings)
+    sharded = mesh if mesh.devices.size > 1 else None
+    return partial(augment.augment, config=settings, mesh=sharded)
+
+
+def batch_shapes(config: Mapping[str, Any], channels: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch."""
+    shape = (config["data"]["batch_size"], *config["data"]["patch_voxels"])
+    return {
+        "image": jax.ShapeDtypeStruct((*shape, channels), np.float32),
+        "label": jax.ShapeDtypeStruct(shape, np.int32),
+    }
+
+
+def initial_state(config: Mapping[str, Any], experiment: Experiment) -> train_step.TrainState:
+    """The state before the first step, on the host."""
+    state = train_step.init_state(
+        experiment.trainable, experiment.tx, config["seed"], use_ema=config["optim"]["ema_decay"] > 0
+    )
+    return devices.to_host(state)

@@ -1,0 +1,285 @@
+"""The training loop: ``fit(config, data, workdir)``. The same workdir goes on where it stopped, bit for
+bit.
+"""
+
+import dataclasses
+import math
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mednext_jax import peft
+from mednext_jax.train import artefacts, devices, experiment, preemption, validation, workdir
+from mednext_jax.train.beginning import Beginning, begin
+from mednext_jax.train.checkpoints import Checkpoints
+from mednext_jax.train.feed import Feed
+from mednext_jax.train.logging import VALIDATION, RunLog
+from mednext_jax.train.schedules import Plateau
+from mednext_jax.train.step import TrainState, compile_step, evaluated
+
+STEPS_IN_FLIGHT = 2  # dispatched ahead: the device never waits, and inputs and messages stay few
+CHECKPOINTS = "checkpoints"
+RESULT_FILE = "result.json"
+
+
+class Diverged(ValueError):
+    """Loss or gradients were not finite more often than the config allows."""
+
+
+def fit(config: Any, data: experiment.Data, folder: str | Path) -> dict[str, Any]:
+    """Trains as ``config`` says, or goes on with the run that ``folder`` holds.
+
+    Args:
+      config: ``ConfigDict`` or mapping with the fields of ``configs/default.py``.
+      data: what to train and validate on.
+      folder: the workdir.
+
+    Returns: ``{"step", "best_step", "best_score", "scores"}``, also written to ``result.json``; the scores
+      are the last validation's.
+
+    Raises:
+      ValueError, OSError: one line for the user: config, data, files or numbers that do not fit.
+      preemption.Interrupted: asked to stop; the state was saved.
+    """
+    config, folder = workdir.plain(config), Path(folder)
+    experiment.check_config(config)
+    mesh = devices.make_mesh(config["n_devices"])
+    devices.check_batch_size(config["data"]["batch_size"], config["optim"]["accumulate"], mesh)
+    lock = workdir.Lock(folder) if jax.process_index() == 0 else None
+    try:
+        checkpoints = Checkpoints(folder / CHECKPOINTS)
+        try:
+            with preemption.StopRequests() as stop:
+                run = Run(
+                    config, data, folder, checkpoints, mesh, begin(config, data, folder, checkpoints, mesh)
+                )
+                try:
+                    return run.to_the_end(stop)
+                finally:
+                    run.log.close()
+        finally:
+            checkpoints.close()
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+class Run:
+    """A run in progress: the state on the devices and everything that acts on it."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        data: experiment.Data,
+        folder: Path,
+        checkpoints: Checkpoints,
+        mesh: jax.sharding.Mesh,
+        beginning: Beginning,
+    ):
+        self.config, self.data, self.folder, self.checkpoints, self.mesh = (
+            config,
+            data,
+            folder,
+            checkpoints,
+            mesh,
+        )
+        self.parts, state, self.progress, report = beginning
+        self.step, self.bad_steps = int(state.step), int(state.bad_steps)
+        self.saved_step = self.step
+        self.total_steps = config["optim"]["total_steps"]
+        self.plateau = Plateau(config["optim"]["plateau_factor"], config["optim"]["plateau_patience"])
+        if self.progress.plateau:
+            self.plateau.set_state(self.progress.plateau)
+        self.primary = jax.process_index() == 0
+        self.log = RunLog(folder, self.step, self.progress.validated_step, self.total_steps, self.primary)
+        for line in (*report, peft.summary(peft.merge_trees(self.parts.trainable, self.parts.frozen),
+                                           self.parts.method.rule)):  # fmt: skip
+            self.log.say(line)
+        self.state: TrainState = devices.replicate(mesh, state)
+        self.frozen = devices.replicate(mesh, self.parts.frozen)
+        self.feed = Feed(data.stream, mesh)
+        self.position = data.stream.get_state()
+        self.pending: deque[tuple[int, list[str], dict[str, jax.Array]]] = deque()
+
+    def to_the_end(self, stop: preemption.StopRequests) -> dict[str, Any]:
+        """Steps, log lines, validations and checkpoints until the last step or early stopping."""
+        try:
+            if self.step < self.total_steps:
+                self.feed.prefetch()  # unreadable data ends the run before a minute of compilation
+                self.compiled = self.compile()
+            if self.validation_due():  # an interrupted run may owe one
+                self.validate(stop)
+            while self.step < self.total_steps and not self.out_of_patience():
+                if number := stop.requested(self.step):
+                    self.save()
+                    self.checkpoints.wait()
+                    raise preemption.Interrupted(number, self.step, self.folder)
+                self.advance()
+                if self.step % self.config["log_every"] == 0:
+                    self.write_metrics()
+                if self.validation_due():
+                    self.validate(stop)
+                if self.checkpoint_due():
+                    self.save()
+        except validation.Stopped:
+            self.save()
+            self.checkpoints.wait()
+            raise preemption.Interrupted(stop.signal_number, self.step, self.folder) from None
+        return self.finish()
+
+    def compile(self) -> Any:
+        """The compiled step; says how long it took and what it costs."""
+        started = time.monotonic()
+        batch = experiment.batch_shapes(self.config, len(self.data.contract.channels))
+        compiled = compile_step(self.parts.step, self.mesh, self.state, self.frozen, batch)
+        costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+        self.log.say(
+            f"compiled in {time.monotonic() - started:.1f} s for {self.mesh.devices.size} "
+            f"{jax.devices()[0].device_kind} device(s): {costs.get('flops', math.nan) / 1e9:.3g} GFLOP and "
+            f"{getattr(memory, 'temp_size_in_bytes', math.nan) / 2**20:.4g} MiB of temporaries per device"
+        )
+        return compiled
+
+    def advance(self) -> None:
+        """Dispatches one step, reads the next batch while it runs, and looks at the step before the last."""
+        fed = self.feed.take()
+        with jax.transfer_guard("disallow"):
+            self.state, metrics = self.compiled(self.state, self.frozen, fed.arrays)
+        self.step, self.position = self.step + 1, fed.position
+        self.pending.append((self.step, fed.case_ids, metrics))
+        if self.step < self.total_steps:
+            self.feed.prefetch()
+        self.collect(STEPS_IN_FLIGHT)
+
+    def collect(self, left: int = 0) -> None:
+        """Fetches the metrics of all steps but the ``left`` newest.
+
+        Raises: Diverged if more than ``max_bad_steps`` were not finite.
+        """
+        while len(self.pending) > left:
+            step, case_ids, metrics = self.pending.popleft()
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self.log.tick()
+            if not values.pop("bad"):
+                self.progress.window.append(values)
+                continue
+            self.bad_steps += 1
+            limit = self.config["max_bad_steps"]
+            numbers = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+            what = f"step {step}: {numbers} with {', '.join(case_ids)}"
+            self.log.record(step, {"skipped": 1, "cases": case_ids})
+            self.log.say(f"skipped {what}")
+            if self.bad_steps > limit:
+                raise Diverged(
+                    f"{what}; {self.bad_steps} bad step(s), config.max_bad_steps allows {limit}: look at these "
+                    f"cases, lower config.optim.peak_lr or allow more; checkpoints in {self.folder} are from before"
+                )
+
+    def write_metrics(self) -> None:
+        """One line of means since the last one."""
+        self.collect()
+        window, self.progress.window = self.progress.window, []
+        if window:
+            means = {
+                name: sum(values[name] for values in window) / len(window) for name in ("loss", "grad_norm")
+            }
+            metrics = {**means, "learning_rate": window[-1]["learning_rate"], "skipped_steps": self.bad_steps}
+            self.log.record(self.step, metrics)
+            self.log.progress(self.step, metrics)
+
+    def validation_due(self) -> bool:
+        """Whether this step is to be validated and was not."""
+        every = self.config["eval"]["every"]
+        if not every or not self.data.validation or self.step in (0, self.progress.validated_step):
+            return False
+        return self.step % every == 0 or self.step == self.total_steps
+
+    def checkpoint_due(self) -> bool:
+        """Whether this step is to be saved; a validated one always is, for it may be the best."""
+        validated = self.step == self.progress.validated_step
+        return validated or self.step % self.config["checkpoint_every"] == 0
+
+    def out_of_patience(self) -> bool:
+        """Early stopping: no better validation for ``eval.patience`` of them (0: never)."""
+        return 0 < self.config["eval"]["patience"] <= self.progress.stale
+
+    def validate(self, stop: preemption.StopRequests) -> None:
+        """Scores whole cases, keeps the best network, feeds the plateau rule."""
+        self.collect()
+        trainable = evaluated(self.state)
+        scores = validation.validate(
+            self.parts.window,
+            self.parts.parameters(trainable),
+            self.data.validation,
+            self.data.load,
+            self.parts.info.output,
+            self.data.contract.regions,
+            lambda: bool(stop.signal_number) and jax.process_count() == 1,
+        )
+        progress, mean = self.progress, scores["mean"]
+        progress.validated_step, progress.stale = self.step, progress.stale + 1
+        progress.scores = {name: value for name, value in scores.items() if not math.isnan(value)}
+        better = mean > (-math.inf if progress.best_score is None else progress.best_score)
+        if better:
+            progress.best_score, progress.best_step, progress.stale = mean, self.step, 0
+            if self.primary:
+                artefacts.save_best(self.folder, self.parts, devices.to_host(trainable), self.provenance())
+        if self.config["optim"]["schedule"] == "plateau":
+            scale = self.plateau.update(mean)
+            progress.plateau = self.plateau.get_state()
+            self.state = self.state._replace(lr_scale=devices.replicate(self.mesh, np.float32(scale)))
+        self.log.record(self.step, {VALIDATION + name: value for name, value in scores.items()})
+        dice = "  ".join(f"{name} {scores[name]:.4f}" for name in (*self.data.contract.regions, "mean"))
+        self.log.say(f"step {self.step}  validation Dice  {dice}{'  best' if better else ''}")
+        self.log.pause()
+
+    def save(self) -> None:
+        """Starts a checkpoint of this step, unless it has one."""
+        if self.step == self.saved_step:
+            return
+        self.collect()
+        records = {
+            "data": self.position,
+            "progress": dataclasses.asdict(self.progress),
+            "config": self.config,
+        }
+        score = self.progress.scores.get("mean") if self.step == self.progress.validated_step else None
+        self.checkpoints.save(self.step, self.state, records, score)
+        self.saved_step = self.step
+
+    def provenance(self) -> dict[str, Any]:
+        """What the model directories say about where they come from."""
+        return {
+            "config": self.config,
+            "data": {"name": self.data.name, **self.position},
+            "step": self.step,
+            "scores": self.progress.scores,
+            "base_hash": self.progress.base_hash,
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """Last validation and checkpoint, the model directory and the result."""
+        self.collect()
+        if self.progress.window:
+            self.write_metrics()
+        self.save()
+        self.checkpoints.wait()
+        result = {
+            "step": self.step,
+            "best_step": self.progress.best_step,
+            "best_score": self.progress.best_score,
+            "scores": self.progress.scores,
+        }
+        if self.primary:
+            use_best = self.progress.best_score is not None
+            weights = devices.to_host(evaluated(self.state))
+            artefacts.save_final(
+                self.folder, self.parts, weights, self.provenance(), use_best, self.data.name
+            )
+            workdir.write_json(self.folder / RESULT_FILE, result)
+        self.log.say(f"finished at step {self.step}: {self.folder / artefacts.FINAL}")
+        return result

@@ -1,0 +1,117 @@
+"""The optimizer: one Optax transform over the trainable leaves, partitioned by label.
+
+It only ever sees the flat dictionary of trainable parameters. Frozen ones are no part of it, so they can not
+be moved, decayed, counted in the clip or given state: with frozen leaves inside, a clip or a gradient norm
+outside the partition silently brings their gradients back.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mednext_jax.peft import rules
+
+NAMES = ("adamw", "sgd")
+
+
+class Group(NamedTuple):
+    """Leaves that share their treatment: multiplier of the learning rate, weight decay, warm-up steps."""
+
+    lr_multiplier: float
+    weight_decay: float
+    warmup_steps: int
+
+
+def is_decayed(path: str, leaf: Any) -> bool:
+    """Whether weight decay suits a leaf: kernels yes; norms, biases, scales, shifts of any rank no."""
+    name = path.rsplit("/", 1)[-1]
+    return leaf.ndim > 1 and name not in ("bias", "scale") and not name.startswith(("grn_", "ssf_"))
+
+
+def assign_groups(
+    trainable: Mapping[str, Any], config: Mapping[str, Any], new: Collection[str] = ()
+) -> dict[str, Group]:
+    """The group of every trainable path. Weight decay is for kernels: not for biases, norms and scales.
+
+    Args:
+      trainable: flat dict of arrays or shapes.
+      config: ``weight_decay``; ``groups``: ``((regex, lr multiplier, decay multiplier), ...)``, the first
+        whose regex is found in the path wins; ``layer_decay``: factor per stage of distance from the last
+        head; ``new_warmup_steps``: extra linear warm-up of the parameters in ``new``.
+      new: paths that did not come with the loaded weights (adapters, a re-initialised head).
+
+    Raises: ValueError if a regex matches no trainable path.
+    """
+    unused = {pattern for pattern, _, _ in config["groups"]}
+    last = rules.depth_of("out_0")
+    groups = {}
+    for path, leaf in trainable.items():
+        lr, decay = 1.0, config["weight_decay"] if is_decayed(path, leaf) else 0.0
+        for pattern, lr_multiplier, decay_multiplier in config["groups"]:
+            if re.search(pattern, path):
+                lr, decay = lr_multiplier, decay * decay_multiplier
+                unused.discard(pattern)
+                break
+        if config["layer_decay"] != 1.0:
+            lr *= config["layer_decay"] ** (last - rules.depth_of(path))
+        groups[path] = Group(float(lr), float(decay), config["new_warmup_steps"] if path in new else 0)
+    if unused:
+        raise ValueError(f"config.optim.groups: {min(unused)!r} matches no trainable parameter")
+    return groups
+
+
+def _group_transform(group: Group, config: Mapping[str, Any]) -> optax.GradientTransformation:
+    """From clipped gradients to a step for learning rate 1."""
+    if config["name"] == "adamw":
+        links = [optax.scale_by_adam(b1=config["b1"], b2=config["b2"], eps=config["eps"])]
+    else:
+        links = [optax.trace(decay=config["momentum"], nesterov=config["nesterov"])]
+    if group.weight_decay:
+        links.append(optax.add_decayed_weights(group.weight_decay))
+    if group.warmup_steps:
+        multiplier, steps = group.lr_multiplier, group.warmup_steps
+        links.append(
+            optax.scale_by_schedule(lambda count: multiplier * jnp.minimum(1.0, (count + 1) / steps))
+        )
+    elif group.lr_multiplier != 1.0:
+        links.append(optax.scale(group.lr_multiplier))
+    return optax.chain(*links)
+
+
+def _scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
+    """Last link: multiplies by ``-learning_rate``, given at each update since validation may lower it."""
+
+    def update(updates, state, params=None, *, learning_rate, **_):
+        del params
+        return jax.tree.map(lambda u: -learning_rate * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(
+    config: Mapping[str, Any], trainable: Mapping[str, Any], new: Collection[str] = ()
+) -> optax.GradientTransformationExtraArgs:
+    """The transform for these trainable leaves: clip by global norm, then each group's own chain.
+
+    Use: ``updates, state = tx.update(grads, state, params, learning_rate=rate)``.
+
+    Args:
+      config: ``name`` (``adamw``: b1, b2, eps; ``sgd``: momentum, nesterov), ``clip_norm`` (0: none) and what
+        :func:`assign_groups` reads.
+      trainable: flat dict of arrays or shapes.
+      new: see :func:`assign_groups`.
+    """
+    if config["name"] not in NAMES:
+        raise ValueError(f"config.optim.name is {config['name']!r}; it must be one of {', '.join(NAMES)}")
+    if not trainable:
+        raise ValueError("no parameter is trainable: the method's rule froze all of them")
+    groups = assign_groups(trainable, config, new)
+    names = {group: f"group_{i}" for i, group in enumerate(sorted(set(groups.values())))}
+    transforms = {name: _group_transform(group, config) for group, name in names.items()}
+    clip = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
+    labels = {path: names[group] for path, group in groups.items()}
+    return optax.chain(*clip, optax.partition(transforms, labels), _scale_by_given_rate())

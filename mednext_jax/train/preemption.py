@@ -1,0 +1,57 @@
+"""Stopping on request: SIGTERM, SIGUSR1 and Ctrl-C become a wish that the loop grants at its next step."""
+
+import signal
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: "try again later"; schedulers requeue on it
+CTRL_C_EXIT_CODE = 130  # 128 + SIGINT, as a shell reports it
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and saved its state first.
+
+    Attributes:
+      exit_code: what the process should end with.
+    """
+
+    def __init__(self, signal_number: int, step: int, workdir: object):
+        name = signal.Signals(signal_number).name
+        super().__init__(
+            f"{name}: saved at step {step}; the same command with --workdir={workdir} goes on from there"
+        )
+        self.exit_code = CTRL_C_EXIT_CODE if signal_number == signal.SIGINT else REQUEUE_EXIT_CODE
+
+
+class StopRequests:
+    """Context manager that catches :data:`SIGNALS`. A second one of the same kind acts as it always did."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequests":
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        signal.signal(number, self._previous[number])
+
+    def requested(self, step: int) -> int:
+        """The signal that asks this run to stop, or 0; to be called at every step.
+
+        With several processes all of them get the same answer for the same step: JAX's coordination service
+        passes a SIGTERM on to every process and agrees on a step.
+        """
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            return signal.SIGTERM
+        return self.signal_number if jax.process_count() == 1 else 0

@@ -1,0 +1,161 @@
+"""The training state and the one jitted step, for any number of devices.
+
+``step(state, frozen, batch) -> (state, metrics)`` does no I/O and reads no clock. The gradient is taken with
+respect to the trainable leaves alone: the frozen ones are another argument, so the compiler never makes their
+gradients (measured on a toy: 882 instead of 1479 MFLOP), and the donated state holds what is trained and no
+more.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Flat = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that changes during training, beside the data position.
+
+    Attributes:
+      step: int32, number of steps taken, skipped ones included.
+      trainable: flat dict of parameters.
+      optimizer: state of the Optax transform, over ``trainable`` only.
+      ema: flat dict like ``trainable``, or an empty one without averaging.
+      lr_scale: float32 factor on the schedule, lowered by the plateau rule.
+      bad_steps: int32, number of steps skipped for a loss or gradient that was not finite.
+      key: uint32 data of the run's random key; step ``k`` uses ``fold_in(key, k)``.
+    """
+
+    step: jax.Array
+    trainable: Flat
+    optimizer: Any
+    ema: Flat
+    lr_scale: jax.Array
+    bad_steps: jax.Array
+    key: jax.Array
+
+
+def init_state(trainable: Flat, tx: optax.GradientTransformation, seed: int, use_ema: bool) -> TrainState:
+    """The state before the first step; the average starts at the initial parameters."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trainable=dict(trainable),
+        optimizer=tx.init(dict(trainable)),
+        ema={path: jnp.array(leaf, copy=True) for path, leaf in trainable.items()} if use_ema else {},
+        lr_scale=jnp.ones((), jnp.float32),
+        bad_steps=jnp.zeros((), jnp.int32),
+        key=jax.random.key_data(jax.random.key(seed)),
+    )
+
+
+def evaluated(state: TrainState) -> Flat:
+    """The trainable leaves that are validated and exported: the average where there is one."""
+    return state.ema or state.trainable
+
+
+def _split_batch(array: jax.Array, parts: int) -> jax.Array:
+    """(B, ...) -> (parts, B / parts, ...), every part with samples of every device.
+
+    Sample ``i`` goes to part ``i % parts``: the split leaves each device's samples where they are.
+    """
+    return jnp.swapaxes(array.reshape(array.shape[0] // parts, parts, *array.shape[1:]), 0, 1)
+
+
+def _loss_and_grads(objective: Callable, trainable: Flat, image: jax.Array, label: jax.Array, parts: int):
+    """Loss and gradient of the batch, or their means over micro-batches taken one after the other.
+
+    The scan keeps one micro-batch's activations. Means are exact for losses that average over samples; a
+    batch Dice becomes one per micro-batch.
+    """
+    if parts == 1:
+        return jax.value_and_grad(objective)(trainable, image, label)
+
+    def add(total, micro_batch):
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(objective)(trainable, *micro_batch)), None
+
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable))
+    total, _ = jax.lax.scan(add, zero, (_split_batch(image, parts), _split_batch(label, parts)))
+    return jax.tree.map(lambda t: t / parts, total)
+
+
+def _average(ema: Flat, trainable: Flat, decay: float, step: jax.Array) -> Flat:
+    """Exponential average; its decay rises to ``decay`` so that the first steps do not linger."""
+    if not ema:
+        return ema
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, trainable)
+
+
+def make_train_step(
+    forward: Callable[[Flat, jax.Array], Any],
+    loss: Callable[[Any, jax.Array], jax.Array],
+    tx: optax.GradientTransformationExtraArgs,
+    schedule: Callable[[jax.Array], jax.Array],
+    augment: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Flat, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """Builds the step; nothing in it is read from outside later.
+
+    Args:
+      forward: ``(all parameters as a flat dict, image (B, D, H, W, C)) -> outputs``.
+      loss: ``(outputs, label (B, D, H, W)) -> scalar``.
+      tx: transform over the trainable leaves; its update takes ``learning_rate``.
+      schedule: step -> learning rate, before ``lr_scale``.
+      augment: ``(key, image, label) -> (image, label)`` on the device, or None.
+      accumulate: micro-batches that each batch is cut into; it must divide the batch.
+      ema_decay: used if the state holds an average.
+
+    Returns: the step, to be jitted by :func:`compile_step`. Its metrics are scalars: ``loss``, ``grad_norm``
+    (before clipping), ``learning_rate`` and ``bad`` (1 if the step was skipped). A loss or gradient that is
+    not finite leaves parameters, optimizer and average as they were; step count and random key move on.
+    """
+
+    def step(state: TrainState, frozen: Flat, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        image, label = batch["image"], batch["label"]
+        if augment is not None:
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+            image, label = augment(key, image, label)
+
+        def objective(trainable: Flat, image: jax.Array, label: jax.Array) -> jax.Array:
+            return loss(forward({**frozen, **trainable}, image), label)
+
+        value, grads = _loss_and_grads(objective, state.trainable, image, label, accumulate)
+        grad_norm = optax.tree.norm(grads)
+        learning_rate = schedule(state.step) * state.lr_scale
+        updates, optimizer = tx.update(grads, state.optimizer, state.trainable, learning_rate=learning_rate)
+        trainable = optax.apply_updates(state.trainable, updates)
+        ema = _average(state.ema, trainable, ema_decay, state.step)
+
+        good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        old = (state.trainable, state.optimizer, state.ema)
+        trainable, optimizer, ema = jax.tree.map(
+            lambda new, kept: jnp.where(good, new, kept), (trainable, optimizer, ema), old
+        )
+        bad = 1 - good.astype(jnp.int32)
+        new_state = TrainState(
+            state.step + 1, trainable, optimizer, ema, state.lr_scale, state.bad_steps + bad, state.key
+        )
+        return new_state, {"loss": value, "grad_norm": grad_norm, "learning_rate": learning_rate, "bad": bad}
+
+    return step
+
+
+def compile_step(step: Callable, mesh: jax.sharding.Mesh, state: TrainState, frozen: Flat, batch: Mapping):
+    """Compiles the step for these shapes, before any batch is there.
+
+    Args:
+      mesh: one axis ``data``; the batch is split over it, everything else is the same on every device.
+      state, frozen, batch: arrays or ``ShapeDtypeStruct``; the batch with its global shapes.
+
+    Returns: the compiled step. It donates ``state``: the old one is gone after the call.
+    """
+    same = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    jitted = jax.jit(step, in_shardings=(same, same, split), out_shardings=(same, same), donate_argnums=0)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, frozen, dict(batch)))
+    return jitted.lower(*shapes).compile()

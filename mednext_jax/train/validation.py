@@ -1,0 +1,85 @@
+"""Validation: whole cases at the store's resolution, by sliding window, scored by the Dice of each region."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mednext_jax.evaluate import overlap
+from mednext_jax.infer.sliding_window import SlidingWindow
+
+THRESHOLD = 0.5
+
+Regions = Mapping[str, Sequence[int]]
+LoadCase = Callable[[str], tuple[np.ndarray, np.ndarray]]
+
+
+class Stopped(Exception):
+    """Validation was abandoned because the run was asked to stop."""
+
+
+def predicted_masks(outputs: np.ndarray, output: str, regions: Regions) -> dict[str, np.ndarray]:
+    """Boolean mask of each region.
+
+    Args:
+      outputs: (D, H, W, K) probabilities: one sigmoid per region, or a softmax over labels.
+      output: ``"regions"`` or ``"labels"``.
+    """
+    if output == "regions":
+        return {name: outputs[..., i] > THRESHOLD for i, name in enumerate(regions)}
+    return overlap.region_masks(outputs.argmax(-1), regions)
+
+
+def average(dice: np.ndarray, regions: Regions) -> dict[str, float]:
+    """Means over cases and regions.
+
+    Args:
+      dice: (cases, regions); NaN where a region is absent from both truth and prediction. Such entries are
+        left out of a region's mean (and counted out in ``n_<region>``); a region without any has mean NaN
+        and is left out of ``mean``.
+
+    Returns: ``{region: mean, "mean": mean of the regions' means, "n_<region>": cases that counted}``.
+    """
+    counted = (~np.isnan(dice)).sum(0)
+    sums = np.nansum(dice, 0)
+    means = [float(s / n) if n else float("nan") for s, n in zip(sums, counted, strict=True)]
+    known = [value for value in means if not np.isnan(value)]
+    scores = dict(zip(regions, means, strict=True))
+    scores["mean"] = sum(known) / len(known) if known else float("nan")
+    return scores | {f"n_{name}": int(n) for name, n in zip(regions, counted, strict=True)}
+
+
+def validate(
+    window: SlidingWindow,
+    params: Any,
+    case_ids: Sequence[str],
+    load: LoadCase,
+    output: str,
+    regions: Regions,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Dice of WT, TC, ... over whole cases, see :func:`average`. With several processes each takes its share.
+
+    Args:
+      window: gives probabilities for a volume.
+      params: what the window's network takes.
+      load: case id -> image (D, H, W, C), label (D, H, W).
+      stop: asked before each case.
+
+    Raises: Stopped if ``stop()`` became true.
+    """
+    dice = np.full((len(case_ids), len(regions)), np.nan, np.float32)
+    for row in range(jax.process_index(), len(case_ids), jax.process_count()):
+        if stop():
+            raise Stopped
+        image, label = load(case_ids[row])
+        predicted = predicted_masks(window.predict(params, np.asarray(image)), output, regions)
+        truth = overlap.region_masks(np.asarray(label), regions)
+        dice[row] = [overlap.dice(predicted[name], truth[name]) for name in regions]
+    if jax.process_count() > 1:
+        shares = multihost_utils.process_allgather(dice)  # (processes, cases, regions)
+        rows = np.arange(len(case_ids))
+        dice = np.asarray(shares)[rows % jax.process_count(), rows]
+    return average(dice.astype(np.float64), regions)
