@@ -20,7 +20,11 @@ SCHEMES: dict[str, dict[int, int]] = {
     "brats2021": {0: 0, 1: 1, 2: 2, 4: 3},
     "brats2023": {0: 0, 1: 1, 2: 2, 3: 3},
 }
-_MEANING_OF_4 = "in post-treatment cases 4 is the resection cavity, not enhancing tumour; "
+# What an unknown value most likely is: (scheme, value) -> (explanation, example of a map).
+_LIKELY = {
+    ("brats2023", 4): ("in post-treatment cases 4 is the resection cavity, not enhancing tumour", "4:0"),
+    ("brats2021", 3): ("in files converted to the newer values 3 is enhancing tumour", "3:3"),
+}
 
 
 def distinct_values(array: np.ndarray) -> list[float]:
@@ -59,11 +63,12 @@ def detect_scheme(
     if unknown:
         shown = ", ".join(f"{value:g}" for value in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
         known = ", ".join(str(value) for value in sorted(table))
-        why = _MEANING_OF_4 if naming == "brats2023" and 4 in unknown else ""
-        example = next((int(v) for v in unknown if float(v).is_integer() and 0 <= v <= 255), None)
-        remedy = "correct the file" if example is None else f"correct it or map it: --label_map={example}:0"
+        why, example = next(
+            (_LIKELY[naming, v] for v in unknown if (naming, v) in _LIKELY), ("", "VALUE:LABEL")
+        )
         what = f"label value {shown} is unknown in {naming} naming (known: {known})"
-        raise ValueError(f"{source}: {what}; {why}{remedy}")
+        remedy = f"correct the file or map the value, as --label_map={example}"
+        raise ValueError(f"{source}: {what}; {why + '; ' if why else ''}{remedy}")
     return naming
 
 

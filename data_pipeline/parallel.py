@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -12,6 +13,7 @@ from data_pipeline.progress import track
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+_MOST_WORKERS = 16
 
 
 def run(
@@ -26,8 +28,9 @@ def run(
 
     Args:
       function: a module-level function or a ``functools.partial`` of one: it travels to fresh processes.
-      workers: number of processes; None takes one per usable core. With 1, or for one item, no process is
-        started. More need a ``if __name__ == "__main__":`` guard in the main script.
+      workers: number of processes; None takes one per usable core, at most 16, since each may need half a
+        gigabyte. With 1, or for one item, no process is started. More need a
+        ``if __name__ == "__main__":`` guard in the main script.
 
     Raises:
       ValueError: workers below 1.
@@ -35,7 +38,7 @@ def run(
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}: at least 1 is needed")
-    count = min(workers or usable_cores(), len(items))
+    count = min(workers or min(usable_cores(), _MOST_WORKERS), len(items))
 
     def watched(results: Iterable) -> Iterable:
         return track(results, len(items), title) if progress else results
@@ -53,7 +56,7 @@ def usable_cores() -> int:
 def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callable) -> list:
     # Spawned, not forked: the caller may run threads (JAX does), which a fork would break.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
             for future in watched(as_completed(futures)):
@@ -67,8 +70,9 @@ def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callab
         return [future.result() for future in futures]
 
 
-def _follow_parent() -> None:
-    """Ends this worker when its parent is gone: a killed parent cannot tell its workers to stop."""
+def _prepare_worker() -> None:
+    """Leaves Ctrl-C to the parent, and ends this worker when the parent is gone without stopping it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
         parent = multiprocessing.parent_process()

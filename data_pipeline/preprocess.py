@@ -43,7 +43,8 @@ def preprocess(
     prepared, but the store is complete only when there is none, or with ``skip_bad``.
 
     Args:
-      workers: processes; None takes one per usable core, see ``parallel.run``.
+      workers: processes; None takes one per usable core, see ``parallel.run``. Each needs 0.5 GB for cases
+        of 240x240x155 voxels.
       seed, val_fraction, test_fraction, folds: see ``splits.make_splits``.
       splits: file with the user's own splits instead, see ``splits.read_splits``.
       label_map: {value in a segmentation: canonical label}, for values that the naming does not explain.

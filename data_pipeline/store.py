@@ -159,6 +159,8 @@ def write_case(
             np.save(staging / "label.npy", np.ascontiguousarray(label))
         (staging / "case.json").write_text(json.dumps(record, allow_nan=False) + "\n")
         _take_place(staging, final)
+    except OSError as error:  # numpy's own message names no file
+        raise OSError(f"{shown(final)} cannot be written ({error}); finished cases are kept") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return record

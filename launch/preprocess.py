@@ -19,9 +19,7 @@ CHECK_ONLY = flags.DEFINE_bool("check_only", False, "Report the problems of all 
 REPORT = flags.DEFINE_string("report", None, "With --check-only: write the problems as JSON to this file.")
 WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: one per core.", lower_bound=1)
 LABEL_MAP = flags.DEFINE_string("label_map", "", "Label values to map, as VALUE:LABEL,... such as 4:0.")
-SPLITS = flags.DEFINE_string(
-    "splits", None, "JSON with your own splits; nnU-Net's splits_final.json is read."
-)
+SPLITS = flags.DEFINE_string("splits", None, "JSON with your own splits, or nnU-Net's splits_final.json.")
 VAL_FRACTION = flags.DEFINE_float("val_fraction", 0.2, "Part of the patients for validation.")
 TEST_FRACTION = flags.DEFINE_float("test_fraction", 0.0, "Part of the patients for testing.")
 FOLDS = flags.DEFINE_integer("folds", 5, "Folds for cross-validation; 0 for none.")
