@@ -5,6 +5,7 @@ are printed as one line and end the process with code 1; ``--debug`` shows the t
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +52,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             sys.exit(1)
         try:
             sys.exit(main(argv) or 0)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
         except USER_ERRORS as error:
             if DEBUG.value:
                 raise
