@@ -1,0 +1,201 @@
+"""Cases in, label maps out: each in its own space, header and label scheme; stopped, it goes on where it was."""
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import command
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from data_pipeline import atomic, cohorts, labels, nifti, preprocess, progress, store_files
+from data_pipeline.store import Store
+from mednext_jax import modeldir
+from mednext_jax.infer.postprocess import PostProcess
+
+RECORD_FILE = "prediction.json"
+PROBABILITIES_FOLDER = "probabilities"
+LABEL_SCHEMES = ("input", *labels.SCHEMES)
+CASE_ERRORS = (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError)
+IDENTITY = ("models", "options")  # entries of the record that make predictions comparable
+
+Loaded = tuple[np.ndarray, Mapping[str, Any]]
+
+
+class Job(NamedTuple):
+    """One case to predict: its name, and how to get its normalised image (D, H, W, C) and its record."""
+
+    case_id: str
+    load: Callable[[], Loaded]
+
+
+class Predictor(Protocol):
+    """What turns an image into probabilities: an ``Ensemble``, or anything of its form."""
+
+    info: modeldir.ModelInfo
+
+    def predict(self, image: np.ndarray, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
+        """(D, H, W, C) float32 -> (D, H, W, K) float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is done with the probabilities.
+
+    Attributes:
+      rules: thresholds and clean-up.
+      label_scheme: of the files written; "input" is the one of the case's own naming.
+      save_probabilities: also write ``probabilities/<case_id>.npz``: float16, in the case's own space.
+    """
+
+    rules: PostProcess = PostProcess()
+    label_scheme: str = "input"
+    save_probabilities: bool = False
+
+
+def find_jobs(path: str | Path) -> tuple[list[Job], dict[str, str]]:
+    """The cases of a store or of a folder of raw cases, and {case id: problem} of those that cannot be used.
+
+    Raises:
+      FileNotFoundError: no such folder.
+      ValueError: no case in it.
+    """
+    if (Path(path) / "dataset.json").is_file():
+        store = Store(path)
+        return [Job(case_id, functools.partial(_from_store, store, case_id)) for case_id in store.case_ids], {}
+    cases, problems = cohorts.survey(path)
+    bad = {p.case_id: f"{p.kind}: {p.message}" for p in problems if p.case_id and not p.warning}
+    if not cases and not bad:
+        raise ValueError(f"{cohorts.shown(path)}: no case found; files must be named like {cohorts.EXAMPLES}")
+    return [Job(case.case_id, functools.partial(preprocess.load_for_prediction, case)) for case in cases], bad
+
+
+def begin(output: str | Path, record: Mapping[str, Any], jobs: Sequence[Job], keep: bool = True) -> None:
+    """Write ``prediction.json`` into ``output``, unless what is there was made by other models or options.
+
+    Args:
+      record: JSON; its entries ``models`` and ``options`` must be those of the predictions already there.
+      keep: keep the label maps that are there; if not, those of ``jobs`` are removed.
+
+    Raises:
+      ValueError: see above; or there are label maps of unknown origin.
+    """
+    output, record = Path(output), json.loads(json.dumps(record))  # tuples are lists once they are read back
+    output.mkdir(parents=True, exist_ok=True)
+    if not keep:
+        for job in jobs:
+            _label_map(output, job.case_id).unlink(missing_ok=True)
+    present = next(iter(sorted(output.glob("*.nii.gz"))), None)
+    if present is not None:
+        file = output / RECORD_FILE
+        if not file.is_file():
+            raise ValueError(f"{present} was not written by this program; choose another --output")
+        before = store_files.read_json(file)
+        changed = [key for key in IDENTITY if before.get(key) != record[key]]
+        if changed:
+            raise ValueError(f"{present} was predicted with other {' and '.join(changed)}; choose another "
+                             "--output, or replace the label maps there with --noskip_existing")
+    atomic.write_json(output / RECORD_FILE, record)
+
+
+def predict_cases(
+    jobs: Sequence[Job], predictor: Predictor, output: str | Path, options: Options, show: bool = True
+) -> dict[str, str]:
+    """Write ``<case_id>.nii.gz`` for every job that has none yet; while one is computed, the next is read.
+
+    A case that fails is reported on stderr in one line, and the others go on.
+
+    Args:
+      show: draw progress on stderr.
+
+    Returns: {case id: reason} of the cases that failed.
+    """
+    output = Path(output)
+    todo = [job for job in jobs if not _label_map(output, job.case_id).exists()]
+    failed: dict[str, str] = {}
+    work = _read_ahead(todo)
+    for job, load in progress.track(work, len(jobs), "predict", len(jobs) - len(todo)) if show else work:
+        try:
+            image, record = load()
+            check_record(predictor.info, record)
+            with _window_bar(job.case_id, show) as report:
+                probabilities = predictor.predict(image, report)
+            write_prediction(output, job.case_id, probabilities, record, predictor.info, options)
+        except CASE_ERRORS as error:
+            failed[job.case_id] = _reason(error)
+            tqdm.write(f"failed: {job.case_id}: {failed[job.case_id]}", file=sys.stderr)
+    return failed
+
+
+def write_prediction(
+    output: Path,
+    case_id: str,
+    probabilities: np.ndarray,
+    record: Mapping[str, Any],
+    info: modeldir.ModelInfo,
+    options: Options,
+) -> None:
+    """Probabilities (D, H, W, K) of the cropped grid -> a label map in the case's own space, header and scheme."""
+    label_map = options.rules(probabilities, info.output, info.regions, record["spacing_mm"])
+    scheme = record["label_scheme"] if options.label_scheme == "input" else options.label_scheme
+    if options.save_probabilities:
+        file = output / PROBABILITIES_FOLDER / f"{case_id}.npz"
+        file.parent.mkdir(exist_ok=True)
+        names = list(info.regions) if info.output == "regions" else [str(i) for i in range(info.n_outputs)]
+        whole = preprocess.restore(probabilities.astype(np.float16), record)
+        with atomic.replacing(file) as temporary, open(temporary, "wb") as stream:
+            np.savez_compressed(stream, probabilities=whole, names=names)
+    # Last, since a case counts as done when its label map is there.
+    restored = preprocess.restore(labels.from_canonical(label_map, scheme), record)
+    nifti.write_like(_label_map(output, case_id), restored, record)
+
+
+def check_record(info: modeldir.ModelInfo, record: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the case's channels, by name and order, and its normalisation are the model's."""
+    modeldir.check_channels(info, record["channels"], record["normalization"]["name"])
+
+
+def _from_store(store: Store, case_id: str) -> Loaded:
+    image, _, record = store.load(case_id)
+    return np.asarray(image, np.float32), record
+
+
+def _label_map(output: Path, case_id: str) -> Path:
+    return output / f"{case_id}.nii.gz"
+
+
+def _read_ahead(jobs: Sequence[Job]) -> Iterator[tuple[Job, Callable[[], Loaded]]]:
+    """Each job with a function that gives its data or raises; the next job is read meanwhile, in a thread."""
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = [reader.submit(job.load) for job in jobs[:1]]
+        for i, job in enumerate(jobs):
+            upcoming += [reader.submit(following.load) for following in jobs[i + 1 : i + 2]]
+            yield job, upcoming.pop(0).result
+
+
+@contextmanager
+def _window_bar(case_id: str, show: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A second bar, on terminals, for the windows of the case at work."""
+    if not (show and sys.stderr.isatty()):
+        yield None
+        return
+    with tqdm(desc=case_id, unit="window", leave=False, dynamic_ncols=True) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
+
+
+def _reason(error: Exception) -> str:
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return "out of device memory; lower --windows_per_batch or --patch_voxels, or give --accumulate=host"
+    return command.one_line(error)

@@ -1,0 +1,244 @@
+"""Label maps come out in each case's own space, header and scheme; a stop or a bad case costs nothing else."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+
+from mednext_jax import modeldir, peft
+from mednext_jax.infer.postprocess import PostProcess
+from mednext_jax.infer.sliding_window import SlidingWindow
+from mednext_jax.modeldir import ModelInfo
+from mednext_jax.nn import paths
+from mednext_jax.nn.mednext import parameter_shapes
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "launch"))
+import prediction  # noqa: E402
+
+INFO = ModelInfo(
+    kwargs={"in_channels": 4, "n_channels": 2, "n_classes": 3, "exp_r": 1, "block_counts": [1] * 9},
+    channels=("t1n", "t1c", "t2w", "t2f"), normalization="zscore_brain", output="regions",
+    label_scheme="brats2023", regions={"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}, patch_voxels=(16, 16, 16),
+)  # fmt: skip
+SUFFIXES = {
+    "brats2021": {"t1n": "_t1", "t1c": "_t1ce", "t2w": "_t2", "t2f": "_flair", "seg": "_seg"},
+    "brats2023": {name: f"-{name}" for name in ("t1n", "t1c", "t2w", "t2f", "seg")},
+}
+NAMES = {"brats2021": "BraTS2021_{:05d}", "brats2023": "BraTS-SSA-{:05d}-000"}
+
+
+def rotation(degrees):
+    """Rotation about the axis (1, 2, 3)."""
+    axis, angle = np.array([1, 2, 3]) / np.sqrt(14), np.deg2rad(degrees)
+    cross = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
+    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+
+
+AFFINES = {
+    "as the challenge": nib.affines.from_matvec(np.diag([-1, -1, 1]), [0, 239, 0]),
+    "flipped": nib.affines.from_matvec(np.diag([1, -1, -1]), [3, 4, 5]),
+    "permuted": nib.affines.from_matvec(np.array([[0, 0, -1.0], [1, 0, 0], [0, 1, 0]]), [9, 8, 7]),
+    "oblique": nib.affines.from_matvec(rotation(25), [-5, 11, 2.5]),
+    "oblique, permuted, anisotropic": nib.affines.from_matvec(
+        rotation(-15) @ np.array([[0, -1.0, 0], [0, 0, 3.0], [1.5, 0, 0]]), [1, 2, 3]
+    ),
+}
+
+
+def write_case(folder, number, affine, naming="brats2023", size=(21, 18, 25)):
+    """A case whose t1c shows the segmentation; returns its id and its label map as in the file."""
+    rng = np.random.default_rng(number)
+    labels = np.zeros(size, np.uint8)
+    labels[4:17, 5:15, 6:20] = rng.choice(4, (13, 10, 14), p=[0.4, 0.2, 0.2, 0.2])
+    brain = np.zeros(size, bool)
+    brain[2:19, 3:17, 4:23] = True
+    name = NAMES[naming].format(number)
+    (folder / name).mkdir(parents=True)
+    for channel, suffix in SUFFIXES[naming].items():
+        array = np.where(brain, rng.integers(100, 200, size), 0).astype(np.int16)
+        if channel == "t1c":
+            array = np.where(brain, 100 + 50 * labels.astype(np.int16), 0).astype(np.int16)
+        if channel == "seg":
+            array = np.where(labels == 3, 4 if naming == "brats2021" else 3, labels).astype(np.uint8)
+        image = nib.Nifti1Image(array, affine)
+        image.header.set_xyzt_units("mm", "sec")
+        image.header["descrip"] = b"made for a test"
+        nib.save(image, folder / name / f"{name}{suffix}.nii.gz")
+    return name, array
+
+
+class TrueSegmentation:
+    """In the network's place: reads the labels off t1c, window by window."""
+
+    info = INFO
+
+    def __init__(self):
+        self.window = SlidingWindow(self.apply, (16, 16, 16), 3, activation="sigmoid")
+        self.images_seen = 0
+
+    @staticmethod
+    def apply(levels, x):
+        label = jnp.abs(x[..., 1:2] - levels).argmin(-1)
+        label = jnp.where((x != 0).any(-1), label, 0)
+        return jnp.stack([20.0 * jnp.isin(label, jnp.array(v)) - 10 for v in INFO.regions.values()], -1)
+
+    def predict(self, image, progress=None):
+        self.images_seen += 1
+        levels = np.unique(image[(image != 0).any(-1), 1])
+        assert len(levels) == 4
+        return self.window.predict(levels, image, progress)
+
+
+@pytest.mark.parametrize("naming", ["brats2021", "brats2023"])
+def test_true_segmentation_comes_back_voxel_for_voxel_whatever_the_header(tmp_path, naming):
+    cases = [write_case(tmp_path / "in", i, affine, naming) for i, affine in enumerate(AFFINES.values())]
+    jobs, bad = prediction.find_jobs(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    failed = prediction.predict_cases(jobs, TrueSegmentation(), tmp_path / "out", prediction.Options(), False)
+    assert not failed and not bad
+    for name, truth in cases:
+        written = nib.load(tmp_path / "out" / f"{name}.nii.gz")
+        assert written.get_data_dtype() == np.uint8
+        np.testing.assert_array_equal(np.asarray(written.dataobj), truth)
+        given = nib.load(tmp_path / "in" / name / f"{name}{SUFFIXES[naming]['t1n']}.nii.gz")
+        np.testing.assert_array_equal(written.affine, given.affine)
+        for field in ("pixdim", "sform_code", "qform_code", "xyzt_units", "descrip", "srow_x", "dim"):
+            np.testing.assert_array_equal(written.header[field], given.header[field])
+
+
+def predict_into(folder, jobs, options=None, predictor=None):
+    folder.mkdir(exist_ok=True)
+    return prediction.predict_cases(
+        jobs, predictor or TrueSegmentation(), folder, options or prediction.Options(), False
+    )
+
+
+def test_label_scheme_and_probabilities_are_written_as_asked(tmp_path):
+    name, truth = write_case(tmp_path / "in", 1, AFFINES["flipped"], "brats2021")
+    jobs, _ = prediction.find_jobs(tmp_path / "in")
+    predict_into(tmp_path / "out", jobs, prediction.Options(label_scheme="brats2023", save_probabilities=True))
+    written = np.asarray(nib.load(tmp_path / "out" / f"{name}.nii.gz").dataobj)
+    np.testing.assert_array_equal(written, np.where(truth == 4, 3, truth))
+    saved = np.load(tmp_path / "out" / "probabilities" / f"{name}.npz")
+    assert list(saved["names"]) == ["WT", "TC", "ET"] and saved["probabilities"].dtype == np.float16
+    np.testing.assert_array_equal(saved["probabilities"][..., 2] > 0.5, truth == 4)
+
+
+def test_small_components_are_removed_by_their_volume_in_the_cases_own_spacing(tmp_path):
+    name, truth = write_case(tmp_path / "in", 1, AFFINES["oblique, permuted, anisotropic"])
+    jobs, _ = prediction.find_jobs(tmp_path / "in")
+    voxel_mm3 = 1.5 * 1 * 3
+    rules = PostProcess(min_total_mm3={"ET": voxel_mm3 * ((truth == 3).sum() + 0.5)})
+    predict_into(tmp_path / "out", jobs, prediction.Options(rules))
+    written = np.asarray(nib.load(tmp_path / "out" / f"{name}.nii.gz").dataobj)
+    np.testing.assert_array_equal(written, np.where(truth == 3, 1, truth))
+
+
+def test_bad_case_is_reported_in_one_line_and_the_others_are_done(tmp_path, capsys):
+    names = [write_case(tmp_path / "in", i, AFFINES["flipped"])[0] for i in range(3)]
+    damaged = tmp_path / "in" / names[1] / f"{names[1]}-t2w.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    jobs, _ = prediction.find_jobs(tmp_path / "in")
+    failed = predict_into(tmp_path / "out", jobs)
+    assert list(failed) == [names[1]] and "t2w" in failed[names[1]]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [f"{names[0]}.nii.gz", f"{names[2]}.nii.gz"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"failed: {names[1]}: ")
+
+
+def test_second_run_computes_only_what_is_missing(tmp_path):
+    names = [write_case(tmp_path / "in", i, AFFINES["flipped"])[0] for i in range(3)]
+    jobs, _ = prediction.find_jobs(tmp_path / "in")
+    predict_into(tmp_path / "out", jobs)
+    before = (tmp_path / "out" / f"{names[0]}.nii.gz").stat().st_mtime_ns
+    (tmp_path / "out" / f"{names[1]}.nii.gz").unlink()
+    again = TrueSegmentation()
+    predict_into(tmp_path / "out", jobs, predictor=again)
+    assert again.images_seen == 1 and (tmp_path / "out" / f"{names[1]}.nii.gz").exists()
+    assert (tmp_path / "out" / f"{names[0]}.nii.gz").stat().st_mtime_ns == before
+
+
+def test_case_with_channels_in_another_order_is_refused():
+    record = {"channels": ["t2f", "t1n", "t1c", "t2w"], "normalization": {"name": "zscore_brain"}}
+    with pytest.raises(ValueError, match="another order"):
+        prediction.check_record(INFO, record)
+
+
+def test_predictions_of_two_models_or_options_are_not_mixed(tmp_path):
+    record = {"models": ["sha256:1"], "options": {"flips": False, "patch_voxels": (16, 32, 16)}}
+    job = prediction.Job("BraTS-SSA-00001-000", lambda: None)
+    prediction.begin(tmp_path, record, [job])
+    label_map = tmp_path / "BraTS-SSA-00001-000.nii.gz"
+    label_map.touch()
+    prediction.begin(tmp_path, {**record, "sources": ["elsewhere"]}, [job])
+    with pytest.raises(ValueError, match="predicted with other options"):
+        prediction.begin(tmp_path, {**record, "options": {"flips": True}}, [job])
+    prediction.begin(tmp_path, {**record, "models": ["sha256:2"]}, [job], keep=False)
+    assert not label_map.exists()
+    (tmp_path / "other.nii.gz").touch()
+    (tmp_path / prediction.RECORD_FILE).unlink()
+    with pytest.raises(ValueError, match="not written by this program"):
+        prediction.begin(tmp_path, record, [job])
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """``command(*arguments) -> finished process`` of launch/predict.py, all with one compilation cache."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(*arguments):
+        environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+        launcher = [sys.executable, str(ROOT / "launch" / "predict.py"), *map(str, arguments)]
+        return subprocess.run(launcher, capture_output=True, text=True, env=environment, timeout=300)
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A tiny model and an adapter for it."""
+    rng = np.random.default_rng(0)
+    flat = {path: rng.normal(0, 0.5, leaf.shape).astype(np.float32)
+            for path, leaf in parameter_shapes(INFO.network()).items()}
+    modeldir.save_model(tmp_path / "workdir" / "model", INFO, flat)
+    method = peft.create("norm")
+    trained = {path: leaf * 2 for path, leaf in peft.split(flat, method.rule)[0].items()}
+    peft.save_adapter(tmp_path / "adapter", method, {**flat, **trained}, paths.unflatten(flat), INFO)
+    return tmp_path / "workdir"
+
+
+def test_command_segments_a_folder_with_a_model_and_its_adapter(tmp_path, model, command):
+    name, truth = write_case(tmp_path / "in", 1, AFFINES["flipped"], "brats2021")
+    place = (f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--overlap=0")
+    result = command(f"--model={model}", f"--adapter={tmp_path / 'adapter'}", *place)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'out'}: 1 label maps, 0 cases failed\n"
+    written = nib.load(tmp_path / "out" / f"{name}.nii.gz")
+    assert written.shape == truth.shape and set(np.unique(written.dataobj)) <= {0, 1, 2, 4}
+    record = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    assert record["failed"] == {} and record["models"][0].startswith("sha256:")
+    assert record["options"]["overlap"] == 0
+    mixed = command(f"--model={model}", *place)
+    assert (mixed.returncode, mixed.stdout) == (1, "")
+    assert "predicted with other models" in mixed.stderr and mixed.stderr.count("\n") == 1
+
+
+def test_bad_arguments_are_one_line_and_exit_code_1(tmp_path, model, command):
+    write_case(tmp_path / "in", 1, AFFINES["flipped"])
+    (tmp_path / "empty").mkdir()
+    good = {"model": model, "input": tmp_path / "in", "output": tmp_path / "out"}
+    for change, words in [
+        ({"input": tmp_path / "empty"}, "no case found"),
+        ({"patch_voxels": "16,16,20"}, "divisible by 16"),
+        ({"thresholds": "WT=0.5"}, "one per region like WT:0.5"),
+    ]:
+        result = command(*[f"--{name}={value}" for name, value in {**good, **change}.items()])
+        assert result.returncode == 1 and words in result.stderr, result.stderr
+        assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
+        assert not (tmp_path / "out").exists()
