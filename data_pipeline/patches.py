@@ -74,12 +74,10 @@ def cut(volume: np.ndarray, start: Start, out: np.ndarray) -> None:
     """Copies a crop into ``out``, converting its dtype and filling zeros outside the volume.
 
     Reads only the pages of a memory-mapped volume that the crop touches, and writes straight into the
-    batch: no intermediate array. Plane by plane, because one plane stays in the cache between the page
-    read and the conversion (float16 to float32 in two threads on two cores: 168 crops of 128^3 x 4 per
-    second against 108 for one assignment of the whole crop).
+    batch, plane by plane: a plane stays in the processor's cache while it is converted.
 
     Args:
-      volume: (D, H, W) or (D, H, W, C), any dtype.
+      volume: (D, H, W) or (D, H, W, C); finite if it is float16.
       start: corner of the crop, may be negative (see ``choose_start``).
       out: (d, h, w) or (d, h, w, C), overwritten.
     """
@@ -90,5 +88,23 @@ def cut(volume: np.ndarray, start: Start, out: np.ndarray) -> None:
         out[...] = 0
     target = out[inside]
     source = volume[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    widen = volume.dtype == np.float16 and out.dtype == np.float32
     for plane in range(len(target)):
-        np.copyto(target[plane], source[plane], casting="same_kind")
+        if widen:
+            _half_to_single(source[plane], target[plane])
+        else:
+            np.copyto(target[plane], source[plane], casting="same_kind")
+
+
+def _half_to_single(half: np.ndarray, single: np.ndarray) -> None:
+    """Converts finite float16 to float32, exactly, by moving the bits.
+
+    Sign, exponent and mantissa are shifted to their float32 places, then the exponents' different biases
+    (15 and 127) are made up for by a factor of 2**112, which also renormalises subnormal numbers. NumPy's
+    own conversion works number by number: 12.1 ms of processor time for 128^3 x 4 against 3.3 ms.
+    """
+    bits = single.view(np.int32)
+    np.copyto(bits, half.view(np.int16))  # the sign now fills bits 15 to 31
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, np.int32(0x0FFFE000 - 2**31), out=bits)  # sign bit, 5 of exponent, 10 of mantissa
+    np.multiply(single, np.float32(2.0**112), out=single)

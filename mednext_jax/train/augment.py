@@ -23,6 +23,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from mednext_jax.train import resample
@@ -49,8 +50,6 @@ DEFAULTS = {
     "gamma_exponent": (0.7, 1.5),
 }
 
-Span = tuple[float, float]  # lowest and highest value of a parameter
-
 DATA_AXIS = "data"
 BIAS_FIELD_WAVES = 4  # cosines per axis: at most one and a half periods across the patch
 
@@ -66,8 +65,8 @@ def check_config(config: Mapping) -> dict:
     settings = {**DEFAULTS, **config}
     for name, value in settings.items():
         if isinstance(DEFAULTS[name], tuple):
-            value = settings[name] = tuple(float(v) for v in value)
-            if len(value) != 2 or value[0] > value[1]:
+            value = settings[name] = tuple(float(v) for v in np.atleast_1d(value))
+            if len(value) != 2 or not value[0] <= value[1]:
                 raise ValueError(f"augment.{name} is {value}: two numbers (lowest, highest) are needed")
         elif name.endswith("_probability") and not 0 <= value <= 1:
             raise ValueError(f"augment.{name} is {value}: a number from 0 to 1 is needed")
@@ -113,57 +112,50 @@ def augment(
 
 def _augment_sample(key: jax.Array, image: jax.Array, label: jax.Array, settings: dict) -> tuple:
     """Space first; then intensities in the order in which a scan suffers them, receiver noise last."""
-    # Decisions and keys are drawn in one go: a threefry per transform would double the compile time.
-    decisions, keys = jax.random.split(key)
-    draws = jax.random.uniform(decisions, (TRANSFORMS,))
-    keys = jax.random.split(keys, TRANSFORMS)
+    # All decisions and parameters are drawn at once: a generator per transform doubles the compile time.
+    keys = jax.random.split(key, TRANSFORMS + 1)
+    channels = image.shape[-1]
+    draws = jax.random.uniform(keys[TRANSFORMS], (TRANSFORMS, 1 + 3 * channels))
 
-    def maybe(number: int, probability: float, transform: Callable, value):
-        """``transform(key, value)`` with the given probability; no branch where it is certain."""
+    def maybe(number: int, name: str, transform: Callable, value):
+        """``transform(value)`` with its probability; no branch where the outcome is certain."""
+        probability = settings[f"{name}_probability"]
         if probability == 0:
             return value
-        change = partial(transform, keys[number])
         if probability == 1:
-            return change(value)
-        return jax.lax.cond(draws[number] < probability, change, lambda same: same, value)
+            return transform(value)
+        return jax.lax.cond(draws[number, 0] < probability, transform, lambda same: same, value)
 
-    pair = maybe(0, settings["affine_probability"], partial(_affine, settings=settings), (image, label))
+    pair = maybe(0, "affine", partial(_affine, keys[0], settings=settings), (image, label))
     for axis in range(3):
-        pair = maybe(1 + axis, settings["flip_probability"], partial(_flip, axis=axis), pair)
+        pair = maybe(1 + axis, "flip", partial(_flip, axis=axis), pair)
     image, label = pair
     inside = jnp.any(image != 0, axis=-1, keepdims=True)
     for number, (name, parameter, transform) in enumerate(INTENSITIES, start=4):
-        change = partial(_change_inside, transform=transform, inside=inside, span=settings[parameter])
-        image = maybe(number, settings[f"{name}_probability"], change, image)
+        low, high = settings[parameter]
+        value = low + (high - low) * draws[number, 1:].reshape(3, channels)
+
+        def change(image, transform=transform, key=keys[number], value=value):
+            return jnp.where(inside, transform(key, image, inside, value), 0.0)
+
+        image = maybe(number, name, change, image)
     return image, label
 
 
-def _flip(key: jax.Array, pair: tuple, axis: int) -> tuple:
+def _flip(pair: tuple, axis: int) -> tuple:
     image, label = pair
     return jnp.flip(image, axis), jnp.flip(label, axis)
 
 
-def _change_inside(
-    key: jax.Array, image: jax.Array, transform: Callable, inside: jax.Array, span: Span
-) -> jax.Array:
-    return jnp.where(inside, transform(key, image, inside, span), 0.0)
-
-
 def _affine(key: jax.Array, pair: tuple, settings: dict) -> tuple:
     image, label = pair
-    angles, size, shift = jax.random.split(key, 3)
-    largest = jnp.deg2rad(settings["rotation_deg"])
-    rotation = resample.rotation(jax.random.uniform(angles, (3,), minval=-largest, maxval=largest))
-    low, high = jnp.log(jnp.array(settings["scale"]))  # halving is as likely as doubling
-    scale = jnp.exp(jax.random.uniform(size, (), minval=low, maxval=high))
-    reach = settings["translation_voxels"]
-    offset = jax.random.uniform(shift, (3,), minval=-reach, maxval=reach)
+    draws = jax.random.uniform(key, (7,), minval=-1.0)
+    rotation = resample.rotation(jnp.deg2rad(settings["rotation_deg"]) * draws[:3])
+    low, high = np.log(settings["scale"])  # a factor and its inverse are equally likely
+    scale = jnp.exp((low + high) / 2 + (high - low) / 2 * draws[3])
+    offset = settings["translation_voxels"] * draws[4:]
     inverse = rotation.T / scale  # from the augmented grid back to the given one
     return resample.affine(image, inverse, offset), resample.affine_nearest(label, inverse, offset)
-
-
-def _per_channel(key: jax.Array, image: jax.Array, span: Span, shape: tuple = ()) -> jax.Array:
-    return jax.random.uniform(key, (*shape, image.shape[-1]), minval=span[0], maxval=span[1])
 
 
 def _statistics(image: jax.Array, inside: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -187,64 +179,60 @@ def _restandardise(image: jax.Array, inside: jax.Array, mean: jax.Array, std: ja
     return (image - new_mean) / jnp.maximum(new_std, 1e-6) * std + mean
 
 
-def change_gamma(key: jax.Array, image: jax.Array, inside: jax.Array, span: Span) -> jax.Array:
+def change_gamma(key: jax.Array, image: jax.Array, inside: jax.Array, value: jax.Array) -> jax.Array:
     """``u ** exponent`` on the brain's values scaled to [0, 1]; mean and standard deviation are kept.
 
     Args (of this and the following transforms):
       key: of this transform and sample.
       image: (D, H, W, C) float32 z-scores.
       inside: (D, H, W, 1) bool, the brain; the caller zeroes the rest.
-      span: lowest and highest value of the transform's parameter, drawn uniformly per channel.
+      value: (3, C) of the transform's parameter, for each axis and channel; where there is nothing to vary by
+        axis, the first row counts.
     """
     low, high = _range(image, inside)
     mean, std = _statistics(image, inside)
     unit = jnp.clip((image - low) / jnp.maximum(high - low, 1e-6), 0.0, 1.0)
-    return _restandardise(unit ** _per_channel(key, image, span), inside, mean, std)
+    return _restandardise(unit ** value[0], inside, mean, std)
 
 
-def change_contrast(key: jax.Array, image: jax.Array, inside: jax.Array, span: Span) -> jax.Array:
+def change_contrast(key: jax.Array, image: jax.Array, inside: jax.Array, value: jax.Array) -> jax.Array:
     """Stretches about the brain's mean; clipped to the brain's former range, as nnU-Net does."""
     low, high = _range(image, inside)
     mean, _ = _statistics(image, inside)
-    return jnp.clip((image - mean) * _per_channel(key, image, span) + mean, low, high)
+    return jnp.clip((image - mean) * value[0] + mean, low, high)
 
 
-def shift_brightness(key: jax.Array, image: jax.Array, inside: jax.Array, span: Span) -> jax.Array:
+def shift_brightness(key: jax.Array, image: jax.Array, inside: jax.Array, value: jax.Array) -> jax.Array:
     """Adds a constant per channel, in standard deviations of the brain."""
-    return image + _per_channel(key, image, span)
+    return image + value[0]
 
 
-def apply_bias_field(key: jax.Array, image: jax.Array, inside: jax.Array, span: Span) -> jax.Array:
+def apply_bias_field(key: jax.Array, image: jax.Array, inside: jax.Array, value: jax.Array) -> jax.Array:
     """Multiplies by a smooth gain, ``exp`` of a random sum of low-frequency cosines.
 
     A coil scales the raw signal, which z-scores no longer are: intensities are counted from the brain's
     darkest voxel, and mean and standard deviation are restored after, as z-scoring a shaded scan would.
     """
-    strengths, waves = jax.random.split(key)
-    strength = _per_channel(strengths, image, span)
-    field = resample.smooth_field(waves, image.shape, BIAS_FIELD_WAVES)
+    field = resample.smooth_field(key, image.shape, BIAS_FIELD_WAVES)
     low, _ = _range(image, inside)
     mean, std = _statistics(image, inside)
-    shaded = (image - low) * jnp.exp(strength * field)
+    shaded = (image - low) * jnp.exp(value[0] * field)
     return _restandardise(shaded, inside, mean, std)
 
 
-def blur(key: jax.Array, image: jax.Array, inside: jax.Array, span: Span) -> jax.Array:
+def blur(key: jax.Array, image: jax.Array, inside: jax.Array, value: jax.Array) -> jax.Array:
     """Gaussian blur, sigma in voxels."""
-    sigma = _per_channel(key, image, span)
-    return resample.along_axes(image, lambda size, axis: resample.gaussian_matrix(size, sigma))
+    return resample.along_axes(image, lambda size, axis: resample.gaussian_matrix(size, value[0]))
 
 
-def lower_resolution(key: jax.Array, image: jax.Array, inside: jax.Array, span: Span) -> jax.Array:
+def lower_resolution(key: jax.Array, image: jax.Array, inside: jax.Array, value: jax.Array) -> jax.Array:
     """Samples a coarser grid and interpolates back, with its own zoom per axis: thick slices occur."""
-    zoom = _per_channel(key, image, span, shape=(3,))
-    return resample.along_axes(image, lambda size, axis: resample.coarse_matrix(size, zoom[axis]))
+    return resample.along_axes(image, lambda size, axis: resample.coarse_matrix(size, value[axis]))
 
 
-def add_noise(key: jax.Array, image: jax.Array, inside: jax.Array, span: Span) -> jax.Array:
-    """Adds Gaussian noise, its standard deviation drawn per channel."""
-    strengths, values = jax.random.split(key)
-    return image + _per_channel(strengths, image, span) * jax.random.normal(values, image.shape)
+def add_noise(key: jax.Array, image: jax.Array, inside: jax.Array, value: jax.Array) -> jax.Array:
+    """Adds Gaussian noise, independent between voxels and channels."""
+    return image + value[0] * jax.random.normal(key, image.shape)
 
 
 # name of the probability, of the range, and what is done; the position is part of the random stream

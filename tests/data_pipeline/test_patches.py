@@ -80,3 +80,11 @@ def test_cut_converts_labels_to_the_type_of_the_batch():
     out = np.empty((2, 2, 2), np.int32)
     patches.cut(np.full((3, 3, 3), 3, np.uint8), (1, 1, 1), out)
     assert (out == 3).all()
+
+
+def test_cut_converts_every_finite_half_number_exactly():
+    half = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    half = half[np.isfinite(half)].reshape(31, 2, 1, 1024)
+    out = np.empty((31, 2, 1, 1024), np.float32)
+    patches.cut(half, (0, 0, 0), out)
+    np.testing.assert_array_equal(out.view(np.int32), half.astype(np.float32).view(np.int32))

@@ -47,7 +47,13 @@ def two(tmp_path_factory):
 
 
 def open_stream(stores, **changes):
-    options = {"split": "train", "patch_voxels": PATCH, "batch_size": 4, "foreground_fraction": 0.5, "seed": 0}
+    options = {
+        "split": "train",
+        "patch_voxels": PATCH,
+        "batch_size": 4,
+        "foreground_fraction": 0.5,
+        "seed": 0,
+    }
     return make_stream(stores, **{**options, "threads": 0, **changes})
 
 
@@ -247,7 +253,10 @@ def test_damaged_case_is_an_error_that_names_it(tmp_path, threads):
 
 def test_reader_that_hangs_ends_in_a_time_out(seven, monkeypatch):
     monkeypatch.setattr(batches.CutBatch, "__call__", lambda self, plans: time.sleep(0.6))
-    with open_stream(seven, threads=1, timeout_seconds=0.1) as stream, pytest.raises(TimeoutError, match="0.1 s"):
+    with (
+        open_stream(seven, threads=1, timeout_seconds=0.1) as stream,
+        pytest.raises(TimeoutError, match="0.1 s"),
+    ):
         next(stream)
     time.sleep(0.7)  # the sleeping thread ends inside this test
 
