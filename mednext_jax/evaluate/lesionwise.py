@@ -1,10 +1,10 @@
 """Lesion-wise Dice and HD95 as the official BraTS 2023/2024 evaluation computes them.
 
 Truth voxels whose dilations (18-neighbour element, a fixed number of voxel steps whatever the spacing) touch
-form one lesion. A lesion is scored against the union of all predicted components (26-neighbour) that touch its
-dilation. Lesions of at most `min_volume_mm3` are left out, found or not; a predicted component that touches no
-lesion is a false positive of Dice 0 whatever its size. A lesion that is missed, and a false positive, cost
-`PENALTY_MM`. With nothing left to score, Dice is 1 and HD95 0.
+form one lesion. A lesion is scored against the union of all predicted components (26-neighbour) that touch
+its dilation. Lesions of at most `min_volume_mm3` are left out, found or not; a predicted component that
+touches no lesion is a false positive of Dice 0 whatever its size. A lesion that is missed, and a false
+positive, cost `PENALTY_MM`. With nothing left to score, Dice is 1 and HD95 0.
 
 One predicted component may touch, and then counts for, several lesions: the official code does so.
 
@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from mednext_jax.evaluate import surface
 
-PENALTY_MM = 374.0  # the official cost of a missing distance: the diagonal of a 240 x 240 x 155 mm grid, rounded up
+PENALTY_MM = 374.0  # official cost of a missing distance: the diagonal of the 240 x 240 x 155 mm grid
 NEIGHBOURS_18 = ndimage.generate_binary_structure(3, 2)
 NEIGHBOURS_26 = ndimage.generate_binary_structure(3, 3)
 
@@ -140,11 +140,13 @@ def _pairs(reach: np.ndarray, component: np.ndarray) -> set[tuple[int, int]]:
 
 
 def _grown(box, steps: int, shape) -> tuple[slice, ...]:
-    return tuple(slice(max(s.start - steps, 0), min(s.stop + steps, n)) for s, n in zip(box, shape, strict=True))
+    pairs = zip(box, shape, strict=True)
+    return tuple(slice(max(s.start - steps, 0), min(s.stop + steps, n)) for s, n in pairs)
 
 
 def _union(boxes) -> tuple[slice, ...]:
-    return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*boxes, strict=True))
+    axes = zip(*boxes, strict=True)
+    return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in axes)
 
 
 def _centre(box, origin: np.ndarray) -> tuple[int, int, int]:

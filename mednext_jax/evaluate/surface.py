@@ -3,8 +3,8 @@
 "HD95" names three different numbers, all in use and up to a third apart; each has its own name here:
 
   hd95_mm               surface-area weighted: each directed distance is the 95th percentile over the area of
-                        marching-cubes surface elements at voxel corners, and the larger one counts. DeepMind's
-                        `surface-distance`, used by the official BraTS code.
+                        marching-cubes surface elements at voxel corners, and the larger one counts.
+                        DeepMind's `surface-distance`, used by the official BraTS code.
   hd95_max_directed_mm  the larger of the two directed 95th percentiles over border voxels (MONAI).
   hd95_pooled_mm        the 95th percentile of both directions' border-voxel distances together (medpy).
 
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from mednext_jax.evaluate import surfels
@@ -64,11 +63,11 @@ def surfel_distances(pred: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[f
     """
     areas = surfels.areas_mm2(tuple(spacing_mm))
     codes = [surfels.neighbour_codes(m) for m in crop(pred, truth)]
-    on_surface = [(c != 0) & (c != 255) for c in codes]
-    distances = _nearest_mm(*on_surface, spacing_mm)
+    points = [np.flatnonzero((c - 1).astype(np.uint8) < 254) for c in codes]  # neither 0 nor 255
+    distances = _nearest_mm(*points, codes[0].shape, spacing_mm)
     columns = []
-    for code, surface, distance in zip(codes, on_surface, distances, strict=True):
-        area = areas[code[surface]]
+    for code, flat, distance in zip(codes, points, distances, strict=True):
+        area = areas[code.ravel()[flat]]
         order = np.lexsort((area, distance))  # ties by area, so that sums round as in the source
         columns += [distance[order], area[order]]
     return SurfelDistances(*columns)
@@ -76,7 +75,9 @@ def surfel_distances(pred: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[f
 
 def border_distances(pred: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> BorderDistances:
     """Border voxels (mask minus erosion) of two (D, H, W) bool masks and their distances to each other."""
-    return BorderDistances(*_nearest_mm(*(_border(m) for m in crop(pred, truth)), spacing_mm))
+    borders = [_border(m) for m in crop(pred, truth)]
+    points = [np.flatnonzero(b) for b in borders]
+    return BorderDistances(*_nearest_mm(*points, borders[0].shape, spacing_mm))
 
 
 def hd_mm(distances: SurfelDistances, percent: float = 95.0) -> float:
@@ -122,24 +123,32 @@ def _absent(distances: BorderDistances) -> bool:
 
 
 def _border(mask: np.ndarray) -> np.ndarray:
-    return mask & ~ndimage.binary_erosion(mask)  # outside the grid counts as empty
+    """Voxels of the mask with an empty one among their six neighbours; outside the grid counts as empty."""
+    inside = np.pad(mask, 1)
+    core = (slice(1, -1),) * mask.ndim
+    kept = mask.copy()
+    for axis in range(mask.ndim):
+        for step in (slice(0, -2), slice(2, None)):
+            kept &= inside[core[:axis] + (step,) + core[axis + 1 :]]
+    return mask & ~kept
 
 
-def _nearest_mm(first: np.ndarray, second: np.ndarray, spacing_mm) -> tuple[np.ndarray, np.ndarray]:
-    """Distances from the set points of each of two grids to those of the other, in array order."""
-    return _directed_mm(first, second, spacing_mm), _directed_mm(second, first, spacing_mm)
+def _nearest_mm(first: np.ndarray, second: np.ndarray, shape, spacing_mm) -> tuple[np.ndarray, np.ndarray]:
+    """Distance of each point of two ascending lists of flat grid indices to the nearest of the other list."""
+    return _directed_mm(first, second, shape, spacing_mm), _directed_mm(second, first, shape, spacing_mm)
 
 
-def _directed_mm(source: np.ndarray, target: np.ndarray, spacing_mm) -> np.ndarray:
+def _directed_mm(source: np.ndarray, target: np.ndarray, shape, spacing_mm) -> np.ndarray:
     """Points that lie on both need no search; lengths come from whole-voxel offsets, so ties stay exact."""
-    spacing = np.asarray(spacing_mm, float)
-    apart = ~target[source]  # of the source points
-    distances = np.zeros(apart.shape)
-    points = np.argwhere(source)[apart]
-    goals = np.argwhere(target)
-    if not len(goals):
-        return np.full(apart.shape, np.inf)
-    if len(points):
+    if not target.size:
+        return np.full(source.shape, np.inf)
+    shared = np.zeros(np.prod(shape), bool)
+    shared[target] = True
+    apart = ~shared[source]
+    distances = np.zeros(source.shape)
+    if apart.any():
+        spacing = np.asarray(spacing_mm, float)
+        points, goals = (np.stack(np.unravel_index(flat, shape), axis=-1) for flat in (source[apart], target))
         tree = cKDTree(goals * spacing, compact_nodes=False, balanced_tree=False)
         nearest = tree.query(points * spacing)[1]
         offsets = (points - goals[nearest]) * spacing

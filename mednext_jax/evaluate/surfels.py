@@ -6,8 +6,8 @@ from three rules instead of a table of cases:
 
   1. the patch's vertices are the middles of the cube edges that join a filled and an empty voxel;
   2. on a face whose two diagonals differ, the voxels in the cube's minority are cut apart;
-  3. a polygon of five or six vertices is not flat: it is split into the triangles of largest total area on the
-     unit cube (ties have equal areas under any spacing).
+  3. a polygon of five or six vertices is not flat: it is split into the triangles of largest total area on
+     the unit cube (ties have equal areas under any spacing).
 
 These reproduce the element areas of Google DeepMind's `surface-distance`, on which the official BraTS metrics
 stand, for all 256 codes and any spacing; the tests compare the two.

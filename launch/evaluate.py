@@ -1,0 +1,172 @@
+r"""Measures predictions against references, ours or any tool's: tables, statistics, report.
+
+    python launch/evaluate.py --predictions=DIR --references=DIR --output=DIR
+    python launch/evaluate.py --predictions=full=DIR --predictions=adapter=DIR --references=DIR --output=DIR
+    python launch/evaluate.py --predictions=DIR --references=DIR --output=DIR --regions='{"liver": [1, 2]}'
+
+Predictions are label maps named <case_id>.nii.gz; references are such a folder, or BraTS cases as downloaded
+(*-seg.nii.gz, *_seg.nii.gz). Several predictions give a comparison; NAME@SEED are repetitions of one arm.
+Writes metrics.csv, lesions.csv, summary.json and report.html (and viewer.html where the viewer is installed).
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import command
+from absl import flags
+
+from data_pipeline import cohorts, labels
+from mednext_jax.evaluate import (
+    cohort,
+    labelmaps,
+    lesionwise,
+    measure,
+    official,
+    policy,
+    provenance,
+    summary,
+    tables,
+)
+
+PREDICTIONS = flags.DEFINE_multi_string(
+    "predictions", None, "DIR or NAME=DIR; repeat it to compare arms.", required=True
+)
+REFERENCES = flags.DEFINE_string("references", None, "Folder with the true label maps.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "Folder for the results.", required=True)
+LABELS = flags.DEFINE_multi_string(
+    "labels",
+    [],
+    f"What the values of a folder mean: NAME=SCHEME ({', '.join(labels.SCHEMES)}) or NAME=VALUE:LABEL,... "
+    "with the name of an arm or 'references'; without it the scheme is detected.",
+)
+REGIONS = flags.DEFINE_string(
+    "regions", None, 'Regions as JSON {"name": [label, ...]} or a file of it; values are taken as they are.'
+)
+CHALLENGE = flags.DEFINE_enum(
+    "challenge", "SSA", list(lesionwise.CHALLENGES), "Whose lesion-wise dilation and volume limit to use."
+)
+TOLERANCES = flags.DEFINE_list("tolerances_mm", ["0.5", "1", "2"], "Tolerances of the surface Dice (NSD).")
+EMPTY = flags.DEFINE_enum("empty", "penalise", list(policy.POLICIES), "What absent regions count for.")
+FORMAT = flags.DEFINE_enum(
+    "format", "tidy", ["tidy", "brats2023"], "brats2023 also writes the official table, brats2023.csv."
+)
+IMAGES = flags.DEFINE_string("images", None, "Folder with scans for pictures; else beside the references.")
+WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: one per core.", lower_bound=1)
+TOLERANCE = flags.DEFINE_float(
+    "affine_tolerance_mm", 0.1, "How far apart the grids of prediction and reference may lie."
+)
+NOTE = flags.DEFINE_string("note", "", "Line at the top of the report, such as: simulated data.")
+VIEWER_CASES = flags.DEFINE_integer("viewer_cases", 3, "Cases in the 3-D viewer; 0 for none.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.")
+
+
+def parse_predictions(values: list[str]) -> dict[str, str]:
+    """Run name to folder; a folder without a name is called by its own.
+
+    Raises:
+      ValueError: a name that is empty, reserved or there twice.
+    """
+    runs: dict[str, str] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or os.path.isdir(value):
+            name, path = Path(value).resolve().name, value
+        if not name or name == "references" or name in runs:
+            raise ValueError(f"--predictions={value}: the name {name!r} is empty, reserved or there twice")
+        runs[name] = path
+    return runs
+
+
+def parse_regions(text: str) -> dict[str, tuple[int, ...]]:
+    """Regions from JSON text or the path of a JSON file; a `regions` entry inside is taken."""
+    try:
+        inline = text.lstrip().startswith("{")
+        content = json.loads(text if inline else Path(text).read_text(encoding="utf-8"))
+        content = content.get("regions", content)
+        regions = {str(n): tuple(int(v) for v in values) for n, values in content.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f'--regions={text}: not JSON like {{"WT": [1, 2, 3]}} ({error})') from None
+    if not regions or not all(regions.values()) or any(0 in values for values in regions.values()):
+        raise ValueError(f"--regions={text}: every region needs at least one label, and 0 is the background")
+    return regions
+
+
+def naming(case_id: str) -> str | None:
+    """The label scheme that a case's name stands for."""
+    for ending in ("-seg.nii.gz", "_seg.nii.gz"):
+        if parsed := cohorts.parse_name(case_id + ending):
+            return parsed.naming
+    return None
+
+
+def with_scheme(folder: cohort.Folder, given: Mapping[str, str], as_is: bool) -> cohort.Folder:
+    """The folder with its label scheme: given, or detected from values and names."""
+    text = given.get(folder.name)
+    if text is None and as_is:
+        return folder
+    if text is None:
+        text = labelmaps.detect_scheme(str(folder.path), folder.values, labels.SCHEMES, naming)
+    relabel = labels.SCHEMES.get(text)
+    if relabel is None:
+        relabel = {0: 0, **labels.parse_label_map(text)}
+    return cohort.relabelled(folder, text, relabel)
+
+
+def read_folders(workers: int) -> tuple[list[cohort.Folder], cohort.Folder]:
+    """Arms and references, inspected, with label schemes."""
+    runs = parse_predictions(PREDICTIONS.value)
+    given = dict(value.partition("=")[::2] for value in LABELS.value)
+    if unknown := set(given) - {"references", *runs}:
+        raise ValueError(f"--labels names {sorted(unknown)}; the folders are references, {', '.join(runs)}")
+    folders = [
+        with_scheme(cohort.open_folder(name, path, workers), given, as_is=bool(REGIONS.value))
+        for name, path in {"references": REFERENCES.value, **runs}.items()
+    ]
+    for folder in folders:
+        print(f"{folder.name}: {len(folder.files)} label maps in {folder.path}, labels {folder.scheme}")
+    return folders[1:], folders[0]
+
+
+def print_result(evaluation: cohort.Evaluation, result: summary.Summary) -> None:
+    """Missing and extra cases, and the mean Dice of every arm and region."""
+    for what, per_arm in (("missing", evaluation.missing), ("extra", evaluation.extra)):
+        for arm, cases in per_arm.items():
+            if cases:
+                print(f"{arm}: {len(cases)} {what} cases: {', '.join(cases)}", file=sys.stderr)
+    for (arm, region, metric), d in result.descriptions.items():
+        if metric == "dice":
+            interval = f"[{d.low:.3f}, {d.high:.3f}]" if d.n > 1 else "[no interval for n < 2]"
+            print(f"{arm:>16} {region:>6} Dice {d.mean:.3f} {interval} n={d.n} undefined={d.n_undefined}")
+
+
+def main(_) -> None:
+    workers = WORKERS.value or os.cpu_count() or 1
+    settings = measure.Settings(
+        parse_regions(REGIONS.value) if REGIONS.value else labels.REGIONS,
+        CHALLENGE.value,
+        tuple(float(t) for t in TOLERANCES.value),
+        EMPTY.value,
+    )
+    output = Path(OUTPUT.value)
+    output.mkdir(parents=True, exist_ok=True)
+    arms, references = read_folders(workers)
+    evaluation = cohort.evaluate(arms, references, settings, workers, TOLERANCE.value)
+    result = summary.summarise(evaluation.table, SEED.value)
+    made = provenance.record([Path(sys.argv[0]).name, *sys.argv[1:]])
+    tables.write_table(output / "metrics.csv", evaluation.table)
+    tables.write_lesions(output / "lesions.csv", evaluation.lesions)
+    tables.write_json(output / "summary.json", summary.as_json(evaluation, result, made))
+    if FORMAT.value == "brats2023":
+        official.write(output / "brats2023.csv", evaluation.table)
+    from mednext_jax.evaluate import report  # matplotlib is not for the worker processes
+
+    report.write(output, evaluation, result, made, NOTE.value, IMAGES.value, VIEWER_CASES.value)
+    print_result(evaluation, result)
+    print(f"wrote {', '.join(sorted(p.name for p in output.iterdir() if p.is_file()))} to {output}")
+
+
+if __name__ == "__main__":
+    command.run(main)
