@@ -1,7 +1,7 @@
 r"""Writes a model as one portable program (StableHLO by jax.export): windows in, probabilities out, on CPU or GPU.
 
     python launch/export.py --model=runs/pretrain --output=exported
-    python launch/export.py --model=runs/pretrain --adapter=runs/peft/adapter --output=exported --patch_voxels=128,128,128
+    python launch/export.py --model=BASE --adapter=SITE --output=exported --patch_voxels=128,128,128
 
 Who runs it needs jax and numpy only; `exported/export.json` says what goes in and what comes out.
 """

@@ -10,7 +10,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from data_pipeline import preprocess
 from mednext_jax import modeldir, peft
+from mednext_jax.infer import export
 from mednext_jax.infer.postprocess import PostProcess
 from mednext_jax.infer.sliding_window import SlidingWindow
 from mednext_jax.modeldir import ModelInfo
@@ -140,6 +142,18 @@ def test_small_components_are_removed_by_their_volume_in_the_cases_own_spacing(t
     np.testing.assert_array_equal(written, np.where(truth == 3, 1, truth))
 
 
+def test_store_gives_the_same_label_maps_as_its_raw_cases(tmp_path):
+    for number, affine in enumerate(AFFINES.values()):
+        write_case(tmp_path / "in", number, affine)
+    preprocess.preprocess(tmp_path / "in", tmp_path / "store", workers=1, folds=0, progress=False)
+    for source, output in (("in", "from_raw"), ("store", "from_store")):
+        assert not predict_into(tmp_path / output, prediction.find_jobs(tmp_path / source)[0])
+    files = sorted((tmp_path / "from_raw").iterdir())
+    assert len(files) == len(AFFINES)
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "from_store" / file.name).read_bytes()
+
+
 def test_bad_case_is_reported_in_one_line_and_the_others_are_done(tmp_path, capsys):
     names = [write_case(tmp_path / "in", i, AFFINES["flipped"])[0] for i in range(3)]
     damaged = tmp_path / "in" / names[1] / f"{names[1]}-t2w.nii.gz"
@@ -227,6 +241,15 @@ def test_command_segments_a_folder_with_a_model_and_its_adapter(tmp_path, model,
     mixed = command(f"--model={model}", *place)
     assert (mixed.returncode, mixed.stdout) == (1, "")
     assert "predicted with other models" in mixed.stderr and mixed.stderr.count("\n") == 1
+
+
+def test_export_command_writes_a_program_that_loads(tmp_path, model):
+    launcher = [sys.executable, str(ROOT / "launch" / "export.py"), f"--model={model}", f"--output={tmp_path / 'out'}"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(launcher, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "(16, 16, 16), sigmoid, on cpu, cuda" in result.stdout
+    assert export.load_export(tmp_path / "out").n_outputs == 3
 
 
 def test_bad_arguments_are_one_line_and_exit_code_1(tmp_path, model, command):
