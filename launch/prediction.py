@@ -121,7 +121,7 @@ def predict_cases(
     todo = [job for job in jobs if not _label_map(output, job.case_id).exists()]
     failed: dict[str, str] = {}
     work = _read_ahead(todo)
-    for job, load in progress.track(work, len(jobs), "predict", len(jobs) - len(todo)) if show else work:
+    for job, load in progress.track(work, total=len(todo), label="predict") if show else work:
         try:
             image, record = load()
             check_record(predictor.info, record)

@@ -127,6 +127,12 @@ def test_workdir_means_its_model(saved):
     assert load_model(saved.parent)[0].channels == INFO.channels
 
 
+def test_workdir_of_an_unfinished_training_points_to_its_best(saved):
+    saved.rename(saved.with_name("best"))
+    with pytest.raises(FileNotFoundError, match="best so far: .*best"):
+        load_model(saved.parent)
+
+
 @pytest.mark.parametrize("name", ["nowhere", "."])
 def test_directory_without_a_model_is_named(tmp_path, name):
     with pytest.raises(FileNotFoundError, match="give a model directory"):

@@ -233,6 +233,7 @@ def test_command_segments_a_folder_with_a_model_and_its_adapter(tmp_path, model,
     result = command(f"--model={model}", f"--adapter={tmp_path / 'adapter'}", *place)
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{tmp_path / 'out'}: 1 label maps, 0 cases failed\n"
+    assert "predict: 1/1 cases" in result.stderr
     written = nib.load(tmp_path / "out" / f"{name}.nii.gz")
     assert written.shape == truth.shape and set(np.unique(written.dataobj)) <= {0, 1, 2, 4}
     record = json.loads((tmp_path / "out" / "prediction.json").read_text())
