@@ -3,6 +3,8 @@
 import io
 
 import matplotlib
+import matplotlib.lines
+import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,6 +31,9 @@ NAMES = {
     "assd_mm": "ASSD (mm)",
     "lesionwise_dice": "Lesion-wise Dice",
     "lesionwise_hd95_mm": "Lesion-wise HD95 (mm)",
+    "lesions_tp": "Lesions found (TP)",
+    "lesions_fp": "False lesions (FP)",
+    "lesions_fn": "Lesions missed (FN)",
     "instance_pq": "Instance PQ",
     "instance_rq": "Instance RQ (F1)",
     "instance_sq": "Instance SQ (mean Dice of pairs)",
@@ -79,7 +84,7 @@ def paired_differences(table: Table, first: str, second: str, metric: str) -> st
     shared = sorted(set(table.cases(first)) & set(table.cases(second)))
     colours = palette.colours(table.regions)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.5 * len(table.regions) + 0.9, 3.3), layout="constrained")
+        figure = Figure(figsize=(1.75 * len(table.regions) + 0.9, 3.0), layout="constrained")
         panels = figure.subplots(1, len(table.regions), sharey=True, squeeze=False)[0]
         for axes, region in zip(panels, table.regions, strict=True):
             sides = [table.matrix(arm, region, metric, shared) for arm in (first, second)]
@@ -103,7 +108,7 @@ def bland_altman(table: Table, arm: str) -> str:
     """Predicted - true volume against their mean, in ml, with mean difference and limits of agreement."""
     colours = palette.colours(table.regions)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.7 * len(table.regions) + 0.6, 3.1), layout="constrained")
+        figure = Figure(figsize=(1.85 * len(table.regions) + 0.6, 2.9), layout="constrained")
         panels = figure.subplots(1, len(table.regions), squeeze=False)[0]
         for axes, region in zip(panels, table.regions, strict=True):
             pred, truth = (
@@ -119,7 +124,7 @@ def bland_altman(table: Table, arm: str) -> str:
                     axes.axhline(limit, color="#999999", linestyle=":", linewidth=1.2)
             axes.axhline(0, color="black", linewidth=0.6)
             axes.set_title(f"{region}  (n={difference.size})", fontsize=10)
-            axes.set_xlabel("mean of both volumes (ml)")
+            axes.set_xlabel("mean volume (ml)")
         panels[0].set_ylabel("predicted − true (ml)")
         return _svg(figure)
 
@@ -129,7 +134,7 @@ def dice_against_volume(table: Table) -> str:
     regions, arms = table.regions, list(table.arms)
     colours = palette.colours(regions)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.7 * len(regions) + 0.6, 3.3), layout="constrained")
+        figure = Figure(figsize=(1.75 * len(regions) + 0.7, 3.1), layout="constrained")
         panels = figure.subplots(1, len(regions), sharey=True, squeeze=False)[0]
         for axes, region in zip(panels, regions, strict=True):
             shown = 0
@@ -143,6 +148,9 @@ def dice_against_volume(table: Table) -> str:
                           alpha=0.75, markerfacecolor=colours[region] if a == 0 else "none")  # fmt: skip
             if shown:
                 axes.set_xscale("log")
+                axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 3.0), numticks=5))
+                axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+                axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
             axes.set_ylim(-0.03, 1.03)
             axes.set_title(f"{region}  (n={shown})", fontsize=10)
             axes.set_xlabel("true volume (ml)")

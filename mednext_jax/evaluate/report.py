@@ -92,13 +92,12 @@ def write(
     write_text(output / "report.html", page)
 
 
-def show(value: float, digits: int = 3) -> str:
-    """A number for readers: three decimals below 10, fewer above; undefined is a dash."""
-    if value is None or math.isnan(value):
+def show(value: float, metric: str) -> str:
+    """A number for readers, with the decimals its metric deserves; undefined is a dash."""
+    if math.isnan(value):
         return "–"
-    if float(value).is_integer() and abs(value) >= 2 or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.{digits if abs(value) < 10 else 1}f}"
+    whole = metric.endswith("_mm3") or (metric in summaries.COUNTS and float(value).is_integer())
+    return f"{value:,.{0 if whole else 1 if metric.endswith('_mm') or metric in summaries.COUNTS else 3}f}"
 
 
 def fingerprint(folder: Folder) -> str:
@@ -174,7 +173,7 @@ def _case_figures(evaluation: Evaluation, chosen: Mapping[str, str], scans) -> l
 def _overlay(evaluation: Evaluation, run: Folder, case: str, scan: tuple[str, Path] | None) -> Figure:
     seen = case_view(evaluation, run, case, scan)
     table = evaluation.table
-    dice = ", ".join(f"{r} {show(table.value(run.name, case, r, 'dice'))}" for r in table.regions)
+    dice = ", ".join(f"{r} {show(table.value(run.name, case, r, 'dice'), 'dice')}" for r in table.regions)
     alt = f"Case {case}, {run.name}: {seen.channel}, reference, prediction and errors in three planes."
     png = pictures.overlay_png(seen, evaluation.settings.regions)
     return Figure(_data_uri(png, "image/png"), f"{alt} Dice: {dice}.", f"{run.name}: Dice {dice}")

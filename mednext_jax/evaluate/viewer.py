@@ -118,10 +118,17 @@ def case_volumes(
 
     return {
         "channel": seen.channel,
+        "centre_mm": _centre_mm(seen.truth > 0 if (seen.truth > 0).any() else labelled, affine),
         "image": packed(np.round(image * 255)),
         "truth": packed(region_index(seen.truth, evaluation.settings.regions)),
         "predictions": {n: packed(region_index(p, evaluation.settings.regions)) for n, p in preds.items()},
     }
+
+
+def _centre_mm(mask: np.ndarray, affine: np.ndarray) -> list[float]:
+    """World position of the middle of a mask (of the grid if it is empty)."""
+    points = np.argwhere(mask) if mask.any() else np.array([mask.shape]) / 2
+    return [float(v) for v in (affine @ (*np.median(points, axis=0), 1))[:3]]
 
 
 def region_index(labels: np.ndarray, regions: Mapping[str, Sequence[int]]) -> np.ndarray:

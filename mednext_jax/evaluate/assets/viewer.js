@@ -23,6 +23,9 @@ const show = async () => {
   await viewer.loadFromArrayBuffer(bytes(overlay), "labels.nii.gz");
   viewer.volumes[1].setColormapLabel(content.colours);
   viewer.setOpacity(1, Number(opacity.value));
+  viewer.volumes[0].cal_min = 0;
+  viewer.volumes[0].cal_max = 255;
+  viewer.scene.crosshairPos = viewer.mm2frac(chosen.centre_mm);
   viewer.updateGLVolume();
   say(`${chosen.what} case, ${chosen.channel}`);
 };
@@ -35,7 +38,14 @@ const turn = () => {
 const start = async () => {
   cases.replaceChildren(...content.cases.map((c, i) => new Option(`${c.name} (${c.what})`, i)));
   fillLabels();
-  viewer = new globalThis.Niivue({ backColor: [0, 0, 0, 1], show3Dcrosshair: true, isRadiologicalConvention: true });
+  viewer = new globalThis.Niivue({
+    backColor: [0, 0, 0, 1],
+    crosshairColor: [1, 1, 1, 0.6],
+    crosshairWidth: 0.4,
+    isRadiologicalConvention: true,
+    multiplanarShowRender: 1,
+    multiplanarLayout: 2,
+  });
   await viewer.attachTo("canvas");
   cases.addEventListener("input", () => (fillLabels(), guarded(show)));
   labels.addEventListener("input", () => guarded(show));
