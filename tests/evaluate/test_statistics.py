@@ -1,0 +1,99 @@
+"""Statistics against hand sums and scipy."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mednext_jax.evaluate import statistics
+
+
+def test_description_leaves_undefined_values_out_and_counts_them():
+    found = statistics.describe(np.array([0.2, math.nan, 0.4, 0.9]))
+    assert (found.n, found.n_undefined, found.n_seeds) == (3, 1, 1)
+    assert found.mean == pytest.approx((0.2 + 0.4 + 0.9) / 3) and found.median == 0.4
+    assert found.minimum == 0.2 and found.maximum == 0.9
+
+
+def test_description_of_one_case_has_no_spread_and_of_none_no_value():
+    one, none = statistics.describe(np.array([0.5])), statistics.describe(np.array([math.nan]))
+    assert one.mean == 0.5 and math.isnan(one.low) and math.isnan(one.sd)
+    assert none.n == 0 and none.n_undefined == 1 and math.isnan(none.mean)
+
+
+def test_bootstrap_interval_agrees_with_scipys():
+    values = np.random.default_rng(3).gamma(2.0, 1.0, 40)
+    low, high = statistics.bootstrap_mean(values, seed=1, resamples=20000)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=20000, method="percentile", rng=2)
+    theirs = theirs.confidence_interval
+    assert low == pytest.approx(theirs.low, abs=0.02) and high == pytest.approx(theirs.high, abs=0.02)
+
+
+def test_bootstrap_is_the_same_for_a_seed_and_another_for_another():
+    values = np.random.default_rng(0).random(12)
+    assert statistics.bootstrap_mean(values, 5) == statistics.bootstrap_mean(values, 5)
+    assert statistics.bootstrap_mean(values, 5) != statistics.bootstrap_mean(values, 6)
+
+
+def test_interval_over_seeds_is_wider_when_seeds_differ():
+    cases = np.random.default_rng(0).random(30)
+    steady = np.stack([cases, cases, cases])
+    moving = np.stack([cases - 0.3, cases, cases + 0.3])
+    assert np.ptp(statistics.bootstrap_mean(moving)) > 1.5 * np.ptp(statistics.bootstrap_mean(steady))
+    np.testing.assert_allclose(
+        statistics.bootstrap_mean(steady), statistics.bootstrap_mean(cases), atol=0.02
+    )  # seeds that agree add nothing
+
+
+def test_comparison_counts_wins_by_the_direction_of_the_metric():
+    first, second = np.array([0.5, 0.7, 0.9, 0.4]), np.array([0.4, 0.7, 0.5, 0.6])
+    up, down = statistics.compare(first, second), statistics.compare(first, second, higher_is_better=False)
+    assert (up.wins, up.ties, up.losses) == (2, 1, 1)
+    assert (down.wins, down.ties, down.losses) == (1, 1, 2)
+    assert up.mean_difference == down.mean_difference == pytest.approx((0.1 + 0 + 0.4 - 0.2) / 4)
+    assert up.effect == pytest.approx((1 + 3 - 2) / (1 + 2 + 3))
+
+
+def test_comparison_uses_only_cases_defined_in_both():
+    found = statistics.compare(np.array([0.5, math.nan, 0.9]), np.array([0.4, 0.7, math.nan]))
+    assert found.n == 1 and found.mean_difference == pytest.approx(0.1) and found.p_floor == 1
+    assert math.isnan(found.low)
+
+
+def test_comparison_over_seeds_averages_them_per_case():
+    first = np.array([[0.5, 0.7], [0.7, 0.9]])
+    second = np.array([[0.4, 0.9]])
+    found = statistics.compare(first, second)
+    assert found.n == 2 and found.n_seeds == (2, 1)
+    assert found.mean_difference == pytest.approx((0.6 - 0.4 + 0.8 - 0.9) / 2)
+
+
+def test_comparison_refuses_different_cases():
+    with pytest.raises(ValueError, match="3 and 4 cases"):
+        statistics.compare(np.zeros(3), np.zeros(4))
+
+
+def test_wilcoxon_of_five_equal_signs_is_its_floor():
+    difference = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert statistics.wilcoxon(difference) == pytest.approx(2 / 2**5)
+    assert statistics.compare(difference, np.zeros(5)).p_floor == 2 / 2**5
+
+
+def test_wilcoxon_ignores_zeros_and_bears_ties_without_a_warning():
+    assert statistics.wilcoxon(np.zeros(4)) == 1.0
+    assert math.isnan(statistics.wilcoxon(np.array([])))
+    tied = np.array([0.1, 0.1, -0.1, 0.2, 0.2, 0.0, 0.3])
+    assert 0 < statistics.wilcoxon(tied) < 1
+
+
+def test_holm_correction_is_the_textbook_one():
+    found = statistics.holm([0.01, 0.04, math.nan, 0.03])
+    assert found == pytest.approx([0.03, 0.06, math.nan, 0.06], nan_ok=True)
+    assert statistics.holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def test_rank_biserial_is_one_if_all_differences_have_one_sign():
+    assert statistics.rank_biserial(np.array([0.1, 0.5, 0.0])) == 1
+    assert statistics.rank_biserial(np.array([-0.1, -0.5])) == -1
+    assert statistics.rank_biserial(np.zeros(3)) == 0
