@@ -14,6 +14,7 @@ What names and shapes cannot tell:
 """
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -24,19 +25,28 @@ from mednext_jax.convert.names import FLAVOURS, MODULES, STAGES
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+LAYER = r"((?:conv[123]|norm|fc[12])\.(?:weight|bias)|grn_gamma|grn_beta)"
 ALL_STAGES = r"(enc_block|dec_block)_[0-3]|bottleneck"
 
 
 def find_flavour(names: Iterable[str]) -> str:
-    """Which of :data:`names.FLAVOURS` the state dict is; ValueError when it shows the marks of several."""
-    marks = {}
-    for name in names:
-        for flavour, kind in FLAVOURS.items():
-            if kind.marker and kind.marker in name:
-                marks.setdefault(flavour, name)
-    if len(marks) > 1:
-        raise ValueError(f"the state dict mixes kinds of adapters: {' and '.join(sorted(marks.values()))}")
-    return next(iter(marks), "plain")
+    """Which of :data:`names.FLAVOURS` the state dict is: the one whose templates most of the names fit."""
+    found = list(names)
+
+    def fitting(flavour: str) -> int:
+        templates = FLAVOURS[flavour].blocks, FLAVOURS[flavour].adapter
+        return sum(any(_pattern(template).fullmatch(name) for template in templates) for name in found)
+
+    return max(FLAVOURS, key=fitting)
+
+
+@functools.cache
+def _pattern(template: str) -> re.Pattern:
+    """Regular expression for the names that a template of :class:`names.Flavour` gives."""
+    pattern = re.escape(template)
+    for field, group in (("stage", r"(\w+)"), ("block", r"(\d+)"), ("layer", LAYER)):
+        pattern = pattern.replace(re.escape(f"{{{field}}}"), group)
+    return re.compile(pattern)
 
 
 def infer(shapes: Shapes) -> tuple[dict[str, Any], list[str]]:
@@ -84,12 +94,9 @@ def infer(shapes: Shapes) -> tuple[dict[str, Any], list[str]]:
 
 def _layers(shapes: Shapes, flavour: str) -> dict[tuple[str, int, str], tuple[int, ...]]:
     """(module, block, layer) -> shape for everything inside a stage's blocks and the up and down blocks."""
-    pattern = re.escape(FLAVOURS[flavour].blocks)
-    for field, group in (("stage", r"(\w+)"), ("block", r"(\d+)"), ("layer", r"(.+)")):
-        pattern = pattern.replace(re.escape(f"{{{field}}}"), group)
-    found = {}
+    pattern, found = _pattern(FLAVOURS[flavour].blocks), {}
     for name, shape in shapes.items():
-        in_stage, alone = re.fullmatch(pattern, name), re.fullmatch(r"((?:up|down)_\d)\.(.+)", name)
+        in_stage, alone = pattern.fullmatch(name), re.fullmatch(r"((?:up|down)_\d)\.(.+)", name)
         if in_stage and in_stage[1] in STAGES:
             found[in_stage[1], int(in_stage[2]), in_stage[3]] = shape
         elif alone and alone[1] in MODULES:
@@ -155,13 +162,9 @@ def _adapters(shapes: Shapes, flavour: str, width: int) -> tuple[dict[str, Any],
 
 
 def _ratio(hidden: Mapping[int, int]) -> float:
-    """The shortest decimal r with ``int(channels * r) == hidden`` for every stage."""
-    low = max((size / channels for channels, size in hidden.items()), default=0.0)
-    for digits in range(1, 8):
-        ratio = math.ceil(low * 10**digits - 1e-9) / 10**digits
-        if all(int(channels * ratio) == size for channels, size in hidden.items()):
-            return ratio
-    raise ValueError("no one ratio gives the widths of the linear adapters (.1.fc1.weight), by channels: "
-                     f"{dict(hidden)}")
-
-
+    """The shortest decimal r with ``int(channels * r) == width`` in most stages; a file has only the widths."""
+    ratios = [math.ceil(width / channels * 10**digits - 1e-9) / 10**digits
+              for digits in range(1, 8) for channels, width in hidden.items()]
+    if not ratios:
+        raise ValueError("the linear adapters lack every .1.fc1.weight")
+    return max(ratios, key=lambda ratio: sum(int(channels * ratio) == width for channels, width in hidden.items()))

@@ -40,16 +40,14 @@ class Flavour:
     """How a network names what lies in a stage: templates of ``{stage}``, ``{block}``, ``{layer}``."""
 
     blocks: str
-    adapter: str | None = None
-    marker: str | None = None  # a part of a name that only this flavour has
+    adapter: str = ""
 
 
 FLAVOURS = {
     "plain": Flavour("{stage}.{block}.{layer}"),
-    "sequential": Flavour("{stage}.0.{block}.{layer}", "{stage}.1.med_adp_{layer}", ".1.med_adp_"),
-    "parallel": Flavour("{stage}.mednext_block.{block}.{layer}", "{stage}.adapter_block.med_adp_{layer}",
-                        ".adapter_block.med_adp_"),
-    "linear": Flavour("{stage}.0.{block}.{layer}", "{stage}.1.{layer}", ".1.fc"),
+    "sequential": Flavour("{stage}.0.{block}.{layer}", "{stage}.1.med_adp_{layer}"),
+    "parallel": Flavour("{stage}.mednext_block.{block}.{layer}", "{stage}.adapter_block.med_adp_{layer}"),
+    "linear": Flavour("{stage}.0.{block}.{layer}", "{stage}.1.{layer}"),
 }
 
 # our layer and leaf -> (upstream's, layout of the array: see layouts.py)
@@ -92,9 +90,9 @@ def upstream_name(path: str, flavour: str = "plain") -> tuple[str, str]:
     block = ""
     if module in STAGES:
         block, _, rest = rest.partition("/")
-        template = kind.adapter if block == "adapter" else kind.blocks if block.isdigit() else None
+        template = kind.adapter if block == "adapter" else kind.blocks if block.isdigit() else ""
     found = layer_name(rest, up=module.startswith("up_"))
-    if template is None or found is None:
+    if not template or found is None:
         raise ValueError(f"{path} has no counterpart in the PyTorch networks: merge the adapter, "
                          "or export the base network without it")
     name, layout = found

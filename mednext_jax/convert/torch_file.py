@@ -75,6 +75,8 @@ class SafeUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], np.dtype):
             return self.storage(pid)
+        if isinstance(pid, tuple) and pid[:1] == ("module",) and isinstance(pid[1], type):
+            return pid[1]  # the old container wraps the class of a pickled module so; it is Inert
         return Inert()
 
 
