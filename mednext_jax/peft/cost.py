@@ -164,4 +164,6 @@ def _title(method: Method) -> str:
 
 
 def _first_line(name: str) -> str:
-    return (METHODS[name].__doc__ or "").strip().split("\n", 1)[0].rstrip(".")
+    """What the method's docstring says up to its first full stop or semicolon."""
+    first = (METHODS[name].__doc__ or "").strip().split("\n", 1)[0]
+    return first.split(";", 1)[0].rstrip(".")

@@ -15,8 +15,9 @@ from jax.extend import core
 # One operation per element of the result, as XLA counts them; everything not named moves data and counts
 # nothing.
 _ELEMENTWISE = {
-    "add", "sub", "mul", "div", "max", "min", "neg", "exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic",
-    "erf", "erfc", "erf_inv", "rsqrt", "sqrt", "integer_pow", "pow", "square", "abs", "sign", "add_any", "select_n",
+    "abs", "add", "add_any", "div", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "integer_pow", "log",
+    "log1p", "logistic", "max", "min", "mul", "neg", "pow", "rsqrt", "select_n", "sign", "sqrt", "square",
+    "sub", "tanh",
 }  # fmt: skip
 _REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod"}
 

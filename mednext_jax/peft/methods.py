@@ -69,7 +69,7 @@ def decoder(up: bool = False) -> Parts:
 
 @method
 def last_stages(n_stages: int = 2, reinit: bool = False) -> Parts:
-    """The last ``n_stages`` resolutions: up block, decoder stage, output layer; ``reinit`` draws them anew."""
+    """The last ``n_stages`` resolutions: up block, decoder stage, output; ``reinit`` draws them anew."""
     _one_of("n_stages", n_stages, (1, 2, 3, 4))
     last = rule(rf"(up|dec_block|out)_[0-{n_stages - 1}]/.*")
     return Parts(rule=last, fresh=last if reinit else None, identity=not reinit)
