@@ -169,15 +169,16 @@ def detect_scheme(
     found = {v for present in values.values() for v in present}
     fitting = [name for name, table in schemes.items() if found <= set(table)]
     current = list(schemes)[-1]
-    remedy = "say what they mean: --labels=NAME=SCHEME or --labels=NAME=VALUE:LABEL,..., or give --regions"
-    if not fitting:
-        known = "; ".join(f"{name} has {', '.join(map(str, sorted(t)))}" for name, t in schemes.items())
-        raise ValueError(f"{folder}: label values {sorted(found)} fit no scheme ({known}); {remedy}")
     if current in fitting:
         return current
     known = set(schemes[current])
-    odd = [c for c, present in values.items() if naming(c) == current and not known.issuperset(present)]
-    if odd:
+    odd = [c for c, present in values.items() if not known.issuperset(present)]
+    remedy = "say what they mean: --labels=NAME=SCHEME or --labels=NAME=VALUE:LABEL,..., or give --regions"
+    if not fitting:
+        listed = "; ".join(f"{name} has {', '.join(map(str, sorted(t)))}" for name, t in schemes.items())
+        strange = f"label values {sorted(found)} fit no scheme (first in case {odd[0]}; {listed})"
+        raise ValueError(f"{folder}: {strange}; {remedy}")
+    if named := [c for c in odd if naming(c) == current]:
         strange = f"is named as in {current}, which has no label {sorted(found - known)}"
-        raise ValueError(f"{folder}: case {odd[0]} {strange}; {remedy}")
+        raise ValueError(f"{folder}: case {named[0]} {strange}; {remedy}")
     return fitting[-1]

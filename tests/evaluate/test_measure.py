@@ -16,7 +16,8 @@ EXPECTED = json.loads((GOLDEN / "metrics_public.json").read_text())["cases"]
 REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
 PROMISED = (
     "dice, iou, sensitivity, specificity, precision, volume_mm3, hd95_mm, hd95_max_directed_mm, "
-    "hd95_pooled_mm, nsd_1mm, assd_mm, lesionwise_dice, lesionwise_hd95_mm, lesions_tp, lesions_fp, lesions_fn"
+    "hd95_pooled_mm, nsd_1mm, assd_mm, lesionwise_dice, lesionwise_hd95_mm, lesions_tp, lesions_fp, "
+    "lesions_fn"
 ).split(", ")
 ONE = {"A": (1,)}
 
