@@ -127,9 +127,13 @@ def hosted(module: nn.Module, x: Array, y: Array) -> Array:
             y = scaled_and_shifted(y, scale_shift(module, y.shape[-1]))
             continue
         source = x if adapter.placement == "parallel" else base
-        y = y + _branch_of(module, adapter, source, base)
-        if adapter.legacy and adapter.kind == "block" and adapter.placement == "parallel":
-            y = y + x  # the released block keeps its own residual, so the identity is counted twice
+        branch = _branch_of(module, adapter, source, base)
+        if not (adapter.legacy and adapter.kind == "block"):
+            y = y + branch
+        elif adapter.placement == "parallel":  # the released block keeps its own residual: the identity counts twice
+            y = y + branch + x if module.do_res else y + branch
+        else:  # and in a network without residuals, the released block has none either: it replaces its input
+            y = y + branch if module.do_res else branch
     return y
 
 
