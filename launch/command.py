@@ -42,6 +42,23 @@ def with_underscores(argv: Sequence[str]) -> list[str]:
     return result
 
 
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Reads the command line; what is wrong with it is told in one line, exit code 1."""
+    try:
+        return flags.FLAGS(list(argv))
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        if any(argument == "--debug" for argument in argv):
+            raise
+        text = str(error).strip()
+        if isinstance(error, AttributeError):  # ml_collections, of a field that is not there
+            cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+            text = f"the config has no field {one_line(cause)}; configs/default.py lists them"
+        elif "Traceback" in text:  # an error inside a config file: its last line says what
+            text = f"{text.splitlines()[0]} {text.splitlines()[-1]}"
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        sys.exit(1)
+
+
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Parses flags, calls ``main(argv)`` and ends the process with its return value (``None`` means 0)."""
     cache_compilations()
@@ -61,4 +78,4 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(1)
 
-    app.run(guarded, argv=with_underscores(sys.argv))
+    app.run(guarded, argv=with_underscores(sys.argv), flags_parser=parse_flags)
