@@ -71,34 +71,72 @@ def view(pred: np.ndarray, truth: np.ndarray, affine: np.ndarray, scan: tuple[st
 
 def overlay_png(seen: View, regions: Mapping[str, Sequence[int]], dpi: int = 88) -> bytes:
     """PNG: a row per plane, columns scan, truth, prediction, errors, cut where the truth is largest."""
-    colours = palette.colours(list(regions))
-    masks = [overlap.region_masks(labels, regions) for labels in (seen.truth, seen.pred)]
-    where = seen.truth > 0 if (seen.truth > 0).any() else seen.pred > 0
-    box = drawn_box(seen.image > 0.02 if seen.image is not None else where, where)
+    where = _tumour(seen)
     figure = Figure(figsize=(8.0, 6.3), layout="constrained", facecolor="white")
-    panels = figure.subplots(3, 4)
-    for row, axis in enumerate((2, 1, 0)):
-        cut = int(np.argmax(where.sum(axis=tuple(a for a in range(3) if a != axis))))
-        grey = _slice(seen.image, axis, cut, box) if seen.image is not None else None
-        truth, pred = ({n: _slice(m, axis, cut, box) for n, m in side.items()} for side in masks)
-        shape = next(iter(truth.values())).shape
-        base = np.repeat((np.full(shape, _BACKGROUND) if grey is None else grey)[..., None], 3, axis=-1)
-        pictures = [base, _fill(base, truth, colours), _fill(base, pred, colours), _errors(base, truth, pred)]
-        rest = [s for a, s in enumerate(seen.spacing_mm) if a != axis]
-        for column, (axes, picture) in enumerate(zip(panels[row], pictures, strict=True)):
-            axes.imshow(picture, origin="lower", aspect=rest[1] / rest[0], interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if row == 0:
-                axes.set_title((seen.channel, "reference", "prediction", "errors")[column], fontsize=10)
-        panels[row, 0].set_ylabel(f"{PLANES[axis]} {cut}", fontsize=10)
-    handles = [Patch(color=c, label=n) for n, c in colours.items()]
+    for panels, axis in zip(figure.subplots(3, 4), (2, 1, 0), strict=True):
+        _draw_row(panels, seen, regions, axis, _largest_cut(where, axis))
+    _titles(figure, seen, regions)
+    return _png(figure, dpi)
+
+
+def plane_png(
+    seen: View, regions: Mapping[str, Sequence[int]], plane="axial", cut: int | None = None, dpi: int = 88
+) -> bytes:
+    """PNG of one plane, with the columns of `overlay_png`.
+
+    Args:
+      plane: one of PLANES.
+      cut: voxel position along the plane's axis; None is where the truth is largest.
+    """
+    axis = PLANES.index(plane)
+    figure = Figure(figsize=(11.0, 3.4), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 4)
+    _draw_row(panels, seen, regions, axis, _largest_cut(_tumour(seen), axis) if cut is None else cut)
+    _titles(figure, seen, regions)
+    return _png(figure, dpi)
+
+
+def _tumour(seen: View) -> np.ndarray:
+    return seen.truth > 0 if (seen.truth > 0).any() else seen.pred > 0
+
+
+def _largest_cut(where: np.ndarray, axis: int) -> int:
+    return int(np.argmax(where.sum(axis=tuple(a for a in range(3) if a != axis))))
+
+
+def _draw_row(panels, seen: View, regions: Mapping[str, Sequence[int]], axis: int, cut: int) -> None:
+    """Draws scan, truth, prediction and errors of one plane into four axes."""
+    colours = palette.colours(list(regions))
+    box = drawn_box(seen.image > 0.02 if seen.image is not None else seen.truth > 0, _tumour(seen))
+    truth, pred = (
+        overlap.region_masks(_slice(labels, axis, cut, box), regions) for labels in (seen.truth, seen.pred)
+    )
+    shape = next(iter(truth.values())).shape
+    grey = np.full(shape, _BACKGROUND) if seen.image is None else _slice(seen.image, axis, cut, box)
+    base = np.repeat(grey[..., None], 3, axis=-1)
+    pictures = (base, _fill(base, truth, colours), _fill(base, pred, colours), _errors(base, truth, pred))
+    height, width = (s for a, s in reversed(list(enumerate(seen.spacing_mm))) if a != axis)
+    for axes, picture in zip(panels, pictures, strict=True):
+        axes.imshow(picture, origin="lower", aspect=height / width, interpolation="nearest")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    panels[0].set_ylabel(f"{PLANES[axis]} {cut}", fontsize=10)
+
+
+def _titles(figure: Figure, seen: View, regions: Mapping[str, Sequence[int]]) -> None:
+    """Column titles over the first row, and one legend."""
+    for axes, text in zip(figure.axes[:4], (seen.channel, "reference", "prediction", "errors"), strict=True):
+        axes.set_title(text, fontsize=10)
+    handles = [Patch(color=c, label=n) for n, c in palette.colours(list(regions)).items()]
     handles += [
         Patch(color=palette.MISSED, label="missed"),
         Patch(color=palette.INVENTED, label="invented"),
         Patch(color=palette.SWAPPED, label="wrong label"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+
+
+def _png(figure: Figure, dpi: int) -> bytes:
     buffer = io.BytesIO()
     with matplotlib.rc_context({"savefig.dpi": dpi}):
         figure.savefig(buffer, format="png", metadata={"Software": None})

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 
 from mednext_jax.evaluate import measure, policy, statistics
-from mednext_jax.evaluate.cohort import Evaluation
+from mednext_jax.evaluate.cohort import Evaluation, Folder
 from mednext_jax.evaluate.tables import MEAN_REGION, Table
 
 COUNTS = ("lesions_tp", "lesions_fp", "lesions_fn", "instances_tp", "instances_fp", "instances_fn")
@@ -55,6 +55,12 @@ def _compare(table: Table, arms, regions, metric: str, seed: int, resamples: int
     return {key: replace(c, p_holm=p) for (key, c), p in zip(found.items(), adjusted, strict=True)}
 
 
+def _where(folder: Folder) -> dict:
+    """Where label maps lie and what their values mean."""
+    relabel = None if folder.relabel is None else {str(v): label for v, label in folder.relabel.items()}
+    return {"path": str(folder.path.resolve()), "label_scheme": folder.scheme, "relabel": relabel}
+
+
 def as_json(evaluation: Evaluation, summary: Summary, made: dict) -> dict:
     """Content of ``summary.json``; `made` says how (command, versions)."""
     settings = evaluation.settings
@@ -72,14 +78,12 @@ def as_json(evaluation: Evaluation, summary: Summary, made: dict) -> dict:
             "test": f"Wilcoxon signed-rank over cases, seeds averaged; Holm over {HOLM_FAMILY}",
         },
         "references": {
-            "path": str(evaluation.references.path),
-            "label_scheme": evaluation.references.scheme,
+            **_where(evaluation.references),
             "cases": len(evaluation.references.files),
         },
         "runs": {
             arm.name: {
-                "path": str(arm.path),
-                "label_scheme": arm.scheme,
+                **_where(arm),
                 "cases": len(arm.files),
                 "measured": len(arm.files) - len(evaluation.extra[arm.name]),
                 "missing": list(evaluation.missing[arm.name]),
