@@ -51,9 +51,9 @@ def main(_) -> int:
     if config is None:
         raise ValueError("no --config: give an experiment file, such as --config=configs/peft.py")
     if DRY_RUN.value:
-        import dry_run
+        from mednext_jax.train import dry_run, workdir
 
-        print(dry_run.report(config))
+        print(dry_run.report(workdir.plain(config)))
         return 0
     if not WORKDIR.value:
         raise ValueError("no --workdir: give the folder for checkpoints, logs and the model")

@@ -24,8 +24,8 @@ class Data:
     """What a run trains and validates on.
 
     Attributes:
-      stream: endless batches ``{"image" (B, D, H, W, C), "label" (B, D, H, W) int32, "case_id"}`` of this
-        process; with ``get_state() -> JSON``, ``set_state``, which refuses a state of other data, and ``close``.
+      stream: endless batches ``{"image" (B, D, H, W, C), "label" (B, D, H, W) int32, "case_id"}`` of
+        this process; its ``get_state()`` is JSON, its ``set_state`` refuses a state of other data.
       contract: channels, normalisation, label scheme and regions.
       validation: case ids.
       load: case id -> image (D, H, W, C), label (D, H, W).
@@ -49,7 +49,7 @@ class Experiment:
       model: the network that is trained, method included.
       trainable, frozen: flat dicts of initial values.
       tx: the optimizer, over ``trainable``.
-      step: pure ``(state, frozen, batch) -> (state, metrics)``.
+      step: pure ``(state, frozen, batch, learning_rate) -> (state, metrics)``.
       window: predicts probabilities of whole volumes.
     """
 
@@ -92,6 +92,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"config.optim.{name} is {config['optim'][name]}: a number from 0 to 1 is needed"
             )
+    schedules.make_schedule(config["optim"])
     if config["model"]["output"] not in modeldir.OUTPUTS:
         raise ValueError(
             f"config.model.output is {config['model']['output']!r}; it must be one of "
@@ -108,7 +109,7 @@ def build(config: Mapping[str, Any], start: network.Start, mesh: jax.sharding.Me
 
     Raises: ValueError for a method, optimizer or augmentation that does not fit.
     """
-    method = peft.from_config(_method_section(config))
+    method = method_of(config)
     base_model = start.info.network(**network.compute_options(config))
     method_key = jax.random.fold_in(jax.random.key(config["seed"]), 1)
     model, params = method.apply_to(base_model, start.params, method_key)
@@ -116,8 +117,8 @@ def build(config: Mapping[str, Any], start: network.Start, mesh: jax.sharding.Me
     stuck = sorted(start.new & frozen.keys())
     if stuck:
         raise ValueError(
-            f"config.peft.method={method.name} does not train {stuck[0]}, which was not loaded: it would stay "
-            f"random; add the heads (config.peft.method={method.name}+head) or set "
+            f"config.peft.method={method.name} does not train {stuck[0]}, which was not loaded: it would "
+            f"stay random; add the heads (config.peft.method={method.name}+head) or set "
             "config.model.deep_supervision=False"
         )
     added = {path for path in trainable if path not in paths.flatten(start.params)}
@@ -133,7 +134,6 @@ def build(config: Mapping[str, Any], start: network.Start, mesh: jax.sharding.Me
         forward=forward,
         loss=losses.make_loss(config["loss"], info.output, info.regions),
         tx=tx,
-        schedule=schedules.make_schedule(config["optim"]),
         augment=_augmentation(config, mesh),
         accumulate=config["optim"]["accumulate"],
         ema_decay=config["optim"]["ema_decay"],
@@ -150,11 +150,10 @@ def build(config: Mapping[str, Any], start: network.Start, mesh: jax.sharding.Me
     return Experiment(start, method, model, trainable, frozen, tx, step, window)
 
 
-def _method_section(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config["peft"]`` with JSON's lists as the tuples that methods take."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in config["peft"].items()
-    }
+def method_of(config: Mapping[str, Any]) -> peft.Method:
+    """The method of ``config["peft"]``; JSON's lists become the tuples that methods take."""
+    section = config["peft"].items()
+    return peft.from_config({name: tuple(v) if isinstance(v, list) else v for name, v in section})
 
 
 def _augmentation(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Callable | None:

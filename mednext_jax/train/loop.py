@@ -18,7 +18,7 @@ from mednext_jax.train.beginning import Beginning, begin
 from mednext_jax.train.checkpoints import Checkpoints
 from mednext_jax.train.feed import Feed
 from mednext_jax.train.logging import VALIDATION, RunLog
-from mednext_jax.train.schedules import Plateau
+from mednext_jax.train.schedules import Plateau, make_schedule
 from mednext_jax.train.step import TrainState, compile_step, evaluated
 
 STEPS_IN_FLIGHT = 2  # dispatched ahead: the device never waits, and inputs and messages stay few
@@ -91,6 +91,7 @@ class Run:
         self.step, self.bad_steps = int(state.step), int(state.bad_steps)
         self.saved_step = self.step
         self.total_steps = config["optim"]["total_steps"]
+        self.schedule = make_schedule(config["optim"])
         self.plateau = Plateau(config["optim"]["plateau_factor"], config["optim"]["plateau_patience"])
         if self.progress.plateau:
             self.plateau.set_state(self.progress.plateau)
@@ -147,10 +148,12 @@ class Run:
     def advance(self) -> None:
         """Dispatches one step, reads the next batch while it runs, and looks at the step before the last."""
         fed = self.feed.take()
+        rate = self.schedule(self.step) * self.plateau.scale
+        learning_rate = devices.replicate(self.mesh, np.float32(rate))
         with jax.transfer_guard("disallow"):
-            self.state, metrics = self.compiled(self.state, self.frozen, fed.arrays)
+            self.state, metrics = self.compiled(self.state, self.frozen, fed.arrays, learning_rate)
         self.step, self.position = self.step + 1, fed.position
-        self.pending.append((self.step, fed.case_ids, metrics))
+        self.pending.append((self.step, fed.case_ids, {**metrics, "learning_rate": rate}))
         if self.step < self.total_steps:
             self.feed.prefetch()
         self.collect(STEPS_IN_FLIGHT)
@@ -175,8 +178,9 @@ class Run:
             self.log.say(f"skipped {what}")
             if self.bad_steps > limit:
                 raise Diverged(
-                    f"{what}; {self.bad_steps} bad step(s), config.max_bad_steps allows {limit}: look at these "
-                    f"cases, lower config.optim.peak_lr or allow more; checkpoints in {self.folder} are from before"
+                    f"{what}; {self.bad_steps} bad step(s), config.max_bad_steps allows {limit}: look at "
+                    "these cases, lower config.optim.peak_lr or allow more; the checkpoints in "
+                    f"{self.folder} are from before"
                 )
 
     def write_metrics(self) -> None:
@@ -229,9 +233,8 @@ class Run:
             if self.primary:
                 artefacts.save_best(self.folder, self.parts, devices.to_host(trainable), self.provenance())
         if self.config["optim"]["schedule"] == "plateau":
-            scale = self.plateau.update(mean)
+            self.plateau.update(mean)
             progress.plateau = self.plateau.get_state()
-            self.state = self.state._replace(lr_scale=devices.replicate(self.mesh, np.float32(scale)))
         self.log.record(self.step, {VALIDATION + name: value for name, value in scores.items()})
         dice = "  ".join(f"{name} {scores[name]:.4f}" for name in (*self.data.contract.regions, "mean"))
         self.log.say(f"step {self.step}  validation Dice  {dice}{'  best' if better else ''}")

@@ -88,8 +88,8 @@ def described(info: modeldir.ModelInfo, model: MedNeXt, **changes: Any) -> model
     return dataclasses.replace(info, kwargs=_arguments_of(model), **changes)
 
 
-def _wanted(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The architecture that ``config["model"]`` asks for, as ``MedNeXt`` arguments; the fields that are set."""
+def wanted_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``MedNeXt`` arguments that ``config["model"]`` asks for; only the fields that are set."""
     section = config["model"]
     wanted = {name: section[name] for name in ("kernel_size", "n_channels", "grn") if section[name]}
     wanted |= {name: tuple(section[name]) for name in ("block_counts",) if section[name]}
@@ -113,15 +113,15 @@ def _drawn(config: Mapping[str, Any], data: DataContract) -> Start:
         )
     if config["peft"]["method"] != "full":
         raise ValueError(
-            f"config.peft.method is {config['peft']['method']!r}, which freezes the base, but config.init_from "
-            "is empty: set it to a model directory or to the workdir of a pre-training run"
+            f"config.peft.method is {config['peft']['method']!r}, which freezes the base, but "
+            "config.init_from is empty: set it to a model directory or to the workdir of a pre-training run"
         )
     info = _info(config, data, {"in_channels": len(data.channels)})
     model = MedNeXt(
         in_channels=len(data.channels),
         n_classes=info.n_outputs,
         deep_supervision=config["model"]["deep_supervision"],
-        **{"kernel_size": 3, **_wanted(config)},
+        **{"kernel_size": 3, **wanted_arguments(config)},
     )
     every = set(parameter_shapes(model))
     flat = attach.draw(model, jax.random.key(config["seed"]), every)
@@ -136,7 +136,7 @@ def _loaded(config: Mapping[str, Any], data: DataContract) -> Start:
     info, params = modeldir.load_model(source)
     try:
         modeldir.check_channels(info, data.channels, data.normalization)
-        _check_architecture(info.kwargs, _wanted(config))
+        _check_architecture(info.kwargs, wanted_arguments(config))
         return _fit(config, data, info, params)
     except ValueError as error:
         raise ValueError(f"config.init_from={source}: {error}") from None

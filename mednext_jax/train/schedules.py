@@ -1,5 +1,6 @@
-"""Learning-rate schedules: ``step -> learning rate``, and the plateau rule that watches the validation score.
+"""Learning-rate schedules, ``step -> learning rate``, and the plateau rule that watches the validation score.
 
+They are computed on the host and given to each step: runs that differ in them share one compiled program.
 Steps count from 0 and include skipped ones, so the schedule, the data order and the random keys stay
 together.
 """
@@ -9,19 +10,16 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 NAMES = ("warmup_cosine", "poly", "constant", "plateau")
 
 
-def make_schedule(config: Mapping[str, Any]) -> Callable[[jax.Array], jax.Array]:
+def make_schedule(config: Mapping[str, Any]) -> Callable[[int], float]:
     """The schedule named by ``config["schedule"]``.
 
     All rise linearly over ``warmup_steps`` to ``peak_lr``, reached at step ``warmup_steps - 1``; then
       warmup_cosine: half a cosine down to ``peak_lr * final_fraction`` at ``total_steps``;
       poly: ``peak_lr * (1 - t) ** poly_power``, nnU-Net's decay (power 0.9);
-      constant, plateau: ``peak_lr`` (the plateau factor is applied by the step, see :class:`Plateau`).
+      constant, plateau: ``peak_lr`` (times the factor of :class:`Plateau`).
 
     Raises: ValueError for an unknown name or a warm-up as long as the run.
     """
@@ -32,17 +30,16 @@ def make_schedule(config: Mapping[str, Any]) -> Callable[[jax.Array], jax.Array]
     if not 0 <= warmup < total:
         raise ValueError(f"config.optim.warmup_steps is {warmup}: it must be below total_steps ({total})")
 
-    def schedule(step: jax.Array) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        progress = jnp.clip((step - warmup) / (total - warmup), 0.0, 1.0)
+    def schedule(step: int) -> float:
+        progress = min(max((step - warmup) / (total - warmup), 0.0), 1.0)
         if name == "warmup_cosine":
             final = config["final_fraction"]
-            decay = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+            decay = final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
         elif name == "poly":
             decay = (1 - progress) ** config["poly_power"]
         else:
-            decay = jnp.ones_like(progress)
-        return peak * decay * jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+            decay = 1.0
+        return peak * decay * min(1.0, (step + 1) / max(warmup, 1))
 
     return schedule
 

@@ -1,9 +1,9 @@
 """The training state and the one jitted step, for any number of devices.
 
-``step(state, frozen, batch) -> (state, metrics)`` does no I/O and reads no clock. The gradient is taken with
-respect to the trainable leaves alone: the frozen ones are another argument, so the compiler never makes their
-gradients (measured on a toy: 882 instead of 1479 MFLOP), and the donated state holds what is trained and no
-more.
+``step(state, frozen, batch, learning_rate) -> (state, metrics)`` does no I/O and reads no clock. The gradient
+is taken with respect to the trainable leaves alone: the frozen ones are another argument, so the compiler
+never makes their gradients (measured on a toy: 882 instead of 1479 MFLOP), and the donated state holds what is
+trained and no more.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Flat = dict[str, Any]
@@ -25,7 +26,6 @@ class TrainState(NamedTuple):
       trainable: flat dict of parameters.
       optimizer: state of the Optax transform, over ``trainable`` only.
       ema: flat dict like ``trainable``, or an empty one without averaging.
-      lr_scale: float32 factor on the schedule, lowered by the plateau rule.
       bad_steps: int32, number of steps skipped for a loss or gradient that was not finite.
       key: uint32 data of the run's random key; step ``k`` uses ``fold_in(key, k)``.
     """
@@ -34,7 +34,6 @@ class TrainState(NamedTuple):
     trainable: Flat
     optimizer: Any
     ema: Flat
-    lr_scale: jax.Array
     bad_steps: jax.Array
     key: jax.Array
 
@@ -46,7 +45,6 @@ def init_state(trainable: Flat, tx: optax.GradientTransformation, seed: int, use
         trainable=dict(trainable),
         optimizer=tx.init(dict(trainable)),
         ema={path: jnp.array(leaf, copy=True) for path, leaf in trainable.items()} if use_ema else {},
-        lr_scale=jnp.ones((), jnp.float32),
         bad_steps=jnp.zeros((), jnp.int32),
         key=jax.random.key_data(jax.random.key(seed)),
     )
@@ -94,28 +92,28 @@ def make_train_step(
     forward: Callable[[Flat, jax.Array], Any],
     loss: Callable[[Any, jax.Array], jax.Array],
     tx: optax.GradientTransformationExtraArgs,
-    schedule: Callable[[jax.Array], jax.Array],
     augment: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
     accumulate: int = 1,
     ema_decay: float = 0.0,
-) -> Callable[[TrainState, Flat, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Flat, Mapping[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
     """Builds the step; nothing in it is read from outside later.
 
     Args:
       forward: ``(all parameters as a flat dict, image (B, D, H, W, C)) -> outputs``.
       loss: ``(outputs, label (B, D, H, W)) -> scalar``.
       tx: transform over the trainable leaves; its update takes ``learning_rate``.
-      schedule: step -> learning rate, before ``lr_scale``.
       augment: ``(key, image, label) -> (image, label)`` on the device, or None.
       accumulate: micro-batches that each batch is cut into; it must divide the batch.
       ema_decay: used if the state holds an average.
 
     Returns: the step, to be jitted by :func:`compile_step`. Its metrics are scalars: ``loss``, ``grad_norm``
-    (before clipping), ``learning_rate`` and ``bad`` (1 if the step was skipped). A loss or gradient that is
-    not finite leaves parameters, optimizer and average as they were; step count and random key move on.
+    (before clipping) and ``bad`` (1 if the step was skipped). A loss or gradient that is not finite leaves
+    parameters, optimizer and average as they were; the step count and with it the random key move on.
     """
 
-    def step(state: TrainState, frozen: Flat, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, frozen: Flat, batch: Mapping[str, jax.Array], learning_rate: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         image, label = batch["image"], batch["label"]
         if augment is not None:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -126,7 +124,6 @@ def make_train_step(
 
         value, grads = _loss_and_grads(objective, state.trainable, image, label, accumulate)
         grad_norm = optax.tree.norm(grads)
-        learning_rate = schedule(state.step) * state.lr_scale
         updates, optimizer = tx.update(grads, state.optimizer, state.trainable, learning_rate=learning_rate)
         trainable = optax.apply_updates(state.trainable, updates)
         ema = _average(state.ema, trainable, ema_decay, state.step)
@@ -137,10 +134,8 @@ def make_train_step(
             lambda new, kept: jnp.where(good, new, kept), (trainable, optimizer, ema), old
         )
         bad = 1 - good.astype(jnp.int32)
-        new_state = TrainState(
-            state.step + 1, trainable, optimizer, ema, state.lr_scale, state.bad_steps + bad, state.key
-        )
-        return new_state, {"loss": value, "grad_norm": grad_norm, "learning_rate": learning_rate, "bad": bad}
+        new_state = TrainState(state.step + 1, trainable, optimizer, ema, state.bad_steps + bad, state.key)
+        return new_state, {"loss": value, "grad_norm": grad_norm, "bad": bad}
 
     return step
 
@@ -156,6 +151,10 @@ def compile_step(step: Callable, mesh: jax.sharding.Mesh, state: TrainState, fro
     """
     same = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    jitted = jax.jit(step, in_shardings=(same, same, split), out_shardings=(same, same), donate_argnums=0)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, frozen, dict(batch)))
+    jitted = jax.jit(
+        step, in_shardings=(same, same, split, same), out_shardings=(same, same), donate_argnums=0
+    )
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, frozen, dict(batch), np.float32(0))
+    )
     return jitted.lower(*shapes).compile()

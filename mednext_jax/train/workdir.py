@@ -80,8 +80,8 @@ def check_same_config(stored: Mapping[str, Any], config: Mapping[str, Any], wher
     for name in sorted(old.keys() | new.keys()):
         if name not in FREE and old.get(name) != new.get(name):
             raise ValueError(
-                f"the run in {where} began with config.{name}={old.get(name)!r}, now it is {new.get(name)!r}: "
-                "restore the old value or choose another --workdir"
+                f"the run in {where} began with config.{name}={old.get(name)!r}, now it is "
+                f"{new.get(name)!r}: restore the old value or choose another --workdir"
             )
 
 

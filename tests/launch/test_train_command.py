@@ -1,0 +1,173 @@
+"""The train command as a user runs it: raw folder in, errors in one line, killed and started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from configs import default
+from data_pipeline.store import Store
+from mednext_jax import modeldir
+from mednext_jax.nn import paths
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "launch"))
+import training_data  # noqa: E402
+
+TINY = [
+    "--config=configs/pretrain.py:demo", "--config.model.n_channels=2", "--config.model.exp_r=1",
+    "--config.model.kernel_size=1", "--config.model.block_counts=(0,0,0,0,0,0,0,0,0)",
+    "--config.data.patch_voxels=(16,16,16)", "--config.data.fold=0", "--config.augment.enabled=False",
+    "--config.optim.total_steps=40", "--config.eval.every=20", "--config.checkpoint_every=1",
+    "--config.log_every=7",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("xla")
+    flags = {"JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **flags, "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def raw_folder(tmp_path_factory):
+    """Ten cases in BraTS-SSA layout: a bright ball in a brain."""
+    root, rng, shape = tmp_path_factory.mktemp("raw"), np.random.default_rng(0), (22, 19, 17)
+    radius = np.linalg.norm(np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) - 9, axis=-1)
+    label = np.select([radius < 2, radius < 3, radius < 5], [1, 3, 2]).astype(np.uint8)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    for i in range(10):
+        name = f"BraTS-SSA-{i:05d}-000"
+        (root / name).mkdir()
+        for suffix in ("t1n", "t1c", "t2w", "t2f"):
+            image = np.where(radius < 9, 100 + 40 * label + rng.normal(0, 5, shape), 0).astype(np.float32)
+            nib.save(nib.Nifti1Image(image, affine), root / name / f"{name}-{suffix}.nii.gz")
+        nib.save(nib.Nifti1Image(label, affine), root / name / f"{name}-seg.nii.gz")
+    return root
+
+
+def train(environment, *flags, start=False):
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), *flags]
+    options = {
+        "env": environment,
+        "cwd": ROOT,
+        "text": True,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    }
+    return subprocess.Popen(command, **options) if start else subprocess.run(command, timeout=500, **options)
+
+
+@pytest.fixture(scope="module")
+def straight(environment, raw_folder, tmp_path_factory):
+    """A finished run on the raw folder, preprocessed on first use."""
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    result = train(environment, *TINY, f"--config.data.root={raw_folder}", f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    return workdir, result.stdout
+
+
+def same_outcome(first, second):
+    assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
+    one, two = (paths.flatten(modeldir.load_model(run / "model")[1]) for run in (first, second))
+    assert one.keys() == two.keys()
+    return all((one[path] == two[path]).all() for path in one)
+
+
+def test_train_runs_on_a_raw_folder_and_says_what_it_trains(straight):
+    workdir, output = straight
+    assert "trainable params:" in output
+    assert "s/step" in output
+    assert "validation Dice  WT" in output
+    assert len(list(workdir.parent.glob("store-*/dataset.json"))) == 1
+    assert json.loads((workdir / "result.json").read_text())["step"] == 40
+
+
+def kill_at_step(process, workdir, step, how):
+    """Waits for a checkpoint of ``step`` to appear and sends the signal at once: saves are always under way."""
+    deadline = time.monotonic() + 300
+    while not any(int(f.name) >= step for f in (workdir / "checkpoints").glob("[0-9]*") if f.name.isdigit()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+    return process.communicate(timeout=120)
+
+
+def test_killed_run_started_again_ends_bit_identical(straight, environment, tmp_path):
+    reference, _ = straight
+    store = next(reference.parent.glob("store-*"))
+    workdir = tmp_path / "killed"
+    flags = [*TINY, f"--config.data.store={store}", f"--workdir={workdir}"]
+    for step in (3, 19):
+        process = train(environment, *flags, start=True)
+        kill_at_step(process, workdir, step, signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+    process = train(environment, *flags, start=True)
+    output, _ = kill_at_step(process, workdir, 28, signal.SIGTERM)
+    if process.returncode:  # it may have finished first
+        assert process.returncode == 75
+        assert "SIGTERM: saved at step" in output
+    result = train(environment, *flags)
+    assert result.returncode == 0, result.stderr
+    assert same_outcome(reference, workdir)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "no data: give --config.data.root"),
+        (["--config.no_such_field=1"], "no field 'no_such_field'"),
+        (["--config.optim.peak_lr=fast"], "'fast'"),
+        (["--config=configs/no_such.py"], "no_such.py"),
+        (["--config=configs/pretrain.py:huge"], "'huge'"),
+    ],
+    ids=["no data", "unknown field", "wrong type", "no config", "no variant"],
+)
+def test_error_is_one_line_with_exit_code_1(environment, tmp_path, flags, message):
+    config = [] if flags and flags[0].startswith("--config=") else TINY
+    result = train(environment, *config, f"--workdir={tmp_path / 'run'}", *flags)
+    assert result.returncode == 1, result.stderr
+    assert message in result.stderr
+    assert result.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"root": "nowhere"}, "root=nowhere does not exist; no data: give"),
+        ({"store": "nowhere"}, "nowhere: the store is not there"),
+        ({"root": "a,b", "store": "c"}, "root names 2 folders, config.data.store 1"),
+        ({"store": "STORE", "fold": 9}, "no split 'fold9/train'"),
+        ({"store": "STORE", "fold": 0, "max_train_cases": 99}, "max_train_cases is 99, but .* has 8"),
+        ({"store": "STORE,STORE"}, "is in .* and in .*: leave one out"),
+    ],
+)
+def test_data_that_can_not_be_opened_is_one_line(straight, tmp_path, section, message):
+    store = str(next(straight[0].parent.glob("store-*")))
+    config = default.get_config("demo")
+    config.data.update({**section, "store": section.get("store", "").replace("STORE", store)})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        training_data.open_data(config, tmp_path / "run")
+
+
+def test_subset_of_training_cases_depends_on_its_seed_alone(straight):
+    store = Store(next(straight[0].parent.glob("store-*")))
+    config = default.get_config("demo")
+    config.data.max_train_cases = 3
+    subsets = []
+    for seed in (0, 1, 0):
+        config.data.subset_seed = seed
+        train_cases, validation = training_data.case_lists(config, store)
+        assert set(train_cases) < set(store.split("train"))
+        assert validation == store.split("val")
+        subsets.append(train_cases)
+    assert subsets[0] == subsets[2] != subsets[1]

@@ -1,0 +1,108 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mednext_jax.train import optimizer
+
+CONFIG = {
+    "name": "adamw",
+    "b1": 0.9,
+    "b2": 0.99,
+    "eps": 1e-8,
+    "momentum": 0.0,
+    "nesterov": False,
+    "weight_decay": 0.1,
+    "clip_norm": 0.0,
+    "groups": (),
+    "layer_decay": 1.0,
+    "new_warmup_steps": 0,
+}
+
+
+def tree():
+    return {
+        "stem/kernel": jnp.ones((1, 1, 1, 2, 3)),
+        "enc_block_0/0/norm/scale": jnp.ones(3),
+        "dec_block_0/adapter/up/kernel": jnp.ones((1, 1, 1, 2, 3)),
+        "dec_block_0/0/conv2/ssf_scale": jnp.ones((1, 3)),
+        "out_0/conv_out/bias": jnp.ones(3),
+    }
+
+
+def one_update(config, params=None, grads=None, new=()):
+    params = params or tree()
+    tx = optimizer.make_optimizer({**CONFIG, **config}, params, new=new)
+    grads = grads or jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params, learning_rate=0.5)
+    return {path: float(u.ravel()[0]) for path, u in updates.items()}
+
+
+def test_weight_decay_moves_kernels_and_neither_biases_nor_norms_nor_scales():
+    moved = {path for path, update in one_update({}).items() if update != 0}
+    assert moved == {"stem/kernel", "dec_block_0/adapter/up/kernel"}
+
+
+def test_sgd_step_is_minus_rate_times_gradient():
+    grads = jax.tree.map(lambda p: 2 * jnp.ones_like(p), tree())
+    updates = one_update({"name": "sgd", "weight_decay": 0.0}, grads=grads)
+    assert set(updates.values()) == {-0.5 * 2}
+
+
+def test_clip_is_by_the_global_norm_over_all_groups():
+    grads = jax.tree.map(jnp.ones_like, tree())
+    norm = np.sqrt(6 + 3 + 6 + 3 + 3)
+    config = {"name": "sgd", "weight_decay": 0.0, "clip_norm": 0.1, "groups": (("out", 1.0, 0.0),)}
+    for update in one_update(config, grads=grads).values():
+        assert update == pytest.approx(-0.5 * 0.1 / norm)
+
+
+def test_first_matching_group_sets_rate_and_decay():
+    grads = jax.tree.map(jnp.ones_like, tree())
+    groups = (("adapter/", 3.0, 0.0), ("dec_block_0", 0.0, 1.0))
+    updates = one_update({"name": "sgd", "groups": groups}, grads=grads)
+    assert updates["dec_block_0/adapter/up/kernel"] == pytest.approx(-0.5 * 3.0)
+    assert updates["dec_block_0/0/conv2/ssf_scale"] == 0.0
+    assert updates["stem/kernel"] == pytest.approx(-0.5 * (1 + 0.1))
+
+
+def test_group_that_matches_nothing_raises():
+    with pytest.raises(ValueError, match="'bottleneck' matches no trainable"):
+        one_update({"groups": (("bottleneck", 1.0, 1.0),)})
+
+
+def test_layer_decay_shrinks_the_rate_with_the_distance_from_the_head():
+    groups = optimizer.assign_groups(tree(), {**CONFIG, "layer_decay": 0.5})
+    rates = [groups[path].lr_multiplier for path in ("out_0/conv_out/bias", "dec_block_0/0/conv2/ssf_scale")]
+    assert rates[0] == 1.0
+    assert rates[1] == pytest.approx(0.5)
+    assert groups["stem/kernel"].lr_multiplier < groups["enc_block_0/0/norm/scale"].lr_multiplier < 0.01
+
+
+def test_new_parameters_warm_up_on_their_own():
+    params = tree()
+    new = {"dec_block_0/adapter/up/kernel"}
+    config = {**CONFIG, "name": "sgd", "weight_decay": 0.0, "new_warmup_steps": 4}
+    tx = optimizer.make_optimizer(config, params, new=new)
+    grads, state, rates = jax.tree.map(jnp.ones_like, params), tx.init(params), []
+    for _ in range(5):
+        updates, state = tx.update(grads, state, params, learning_rate=1.0)
+        rates.append(float(-updates["dec_block_0/adapter/up/kernel"].ravel()[0]))
+        assert float(updates["stem/kernel"].ravel()[0]) == -1.0
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+def test_optimizer_state_holds_two_moments_of_each_trainable_leaf_and_counters():
+    params = tree()
+    tx = optimizer.make_optimizer({**CONFIG, "layer_decay": 0.9}, params)
+    sizes = sum(leaf.size for leaf in jax.tree.leaves(tx.init(params)) if leaf.ndim)
+    assert sizes == 2 * sum(leaf.size for leaf in params.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "params", "message"),
+    [({"name": "lion"}, None, "must be one of adamw, sgd"), ({}, {}, "no parameter is trainable")],
+)
+def test_an_impossible_optimizer_is_refused(config, params, message):
+    with pytest.raises(ValueError, match=message):
+        optimizer.make_optimizer({**CONFIG, **config}, tree() if params is None else params)
