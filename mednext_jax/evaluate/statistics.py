@@ -188,15 +188,18 @@ def _resampled_means(values: np.ndarray, seed_key, case_key, resamples: int) -> 
     """(resamples,) means of (seeds, cases) values, drawn as counts of how often each seed and case came."""
     seeds, cases = (_draws(n, k, resamples) for n, k in zip(values.shape, (seed_key, case_key), strict=True))
     defined = ~np.isnan(values)
-    total = ((seeds @ np.where(defined, values, 0.0)) * cases).sum(axis=1)
-    count = ((seeds @ defined.astype(float)) * cases).sum(axis=1)
+    total = ((np.where(defined, values, 0.0) @ cases) * seeds).sum(axis=0)
+    if defined.all():
+        return total / values.size
+    count = ((defined.astype(float) @ cases) * seeds).sum(axis=0)
     return np.divide(total, count, out=np.full(resamples, NAN), where=count > 0)
 
 
 @lru_cache(maxsize=64)
 def _draws(n: int, key, resamples: int) -> np.ndarray:
-    """(resamples, n) how often each of n things is drawn in n draws with replacement; seeded by `key`."""
-    return np.random.default_rng(key).multinomial(n, np.full(n, 1 / max(n, 1)), size=resamples).astype(float)
+    """(n, resamples) how often each of n things is drawn in n draws with replacement; seeded by `key`."""
+    draws = np.random.default_rng(key).multinomial(n, np.full(n, 1 / max(n, 1)), size=resamples)
+    return np.ascontiguousarray(draws.T, float)
 
 
 def _interval(means: np.ndarray) -> tuple[float, float]:

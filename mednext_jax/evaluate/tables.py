@@ -29,10 +29,16 @@ class Table:
 
     def __init__(self):
         self._values: dict[tuple[str, str, str], dict[str, float]] = {}
+        self._cases: dict[str, dict[str, None]] = {}  # of every run; dicts keep the order of insertion
+        self._regions: dict[str, None] = {}
+        self._metrics: dict[str, None] = {}
 
     def add(self, run: str, case: str, region: str, values: Mapping[str, float]) -> None:
         """Adds values (metric name to number) of one run, case and region."""
         self._values.setdefault((run, case, region), {}).update(values)
+        self._cases.setdefault(run, {})[case] = None
+        self._regions[region] = None
+        self._metrics |= dict.fromkeys(values)
 
     def __len__(self) -> int:
         return sum(len(v) for v in self._values.values())
@@ -45,31 +51,31 @@ class Table:
 
     @property
     def runs(self) -> list[str]:
-        return list(dict.fromkeys(k[0] for k in self._values))
+        return list(self._cases)
 
     @property
     def arms(self) -> dict[str, list[str]]:
         """Arm to its runs."""
         arms: dict[str, list[str]] = {}
-        for run in self.runs:
+        for run in self._cases:
             arms.setdefault(run.partition(SEED_MARK)[0], []).append(run)
         return arms
 
     @property
     def regions(self) -> list[str]:
-        return list(dict.fromkeys(k[2] for k in self._values))
+        return list(self._regions)
 
     @property
     def metrics(self) -> list[str]:
-        return list(dict.fromkeys(m for values in self._values.values() for m in values))
+        return list(self._metrics)
 
     def cases_of_run(self, run: str) -> list[str]:
         """Cases of one run, sorted."""
-        return sorted({c for r, c, _ in self._values if r == run})
+        return sorted(self._cases[run])
 
     def cases(self, arm: str) -> list[str]:
         """Cases that every run of the arm has, sorted."""
-        return sorted(set.intersection(*(set(self.cases_of_run(run)) for run in self.arms[arm])))
+        return sorted(set.intersection(*(set(self._cases[run]) for run in self.arms[arm])))
 
     def value(self, run: str, case: str, region: str, metric: str) -> float:
         """One number; NaN if it is not in the table."""
