@@ -182,7 +182,7 @@ def strip(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     outside = [name for name in clean if not name.startswith(prefix)]
     outside += [name for name in inside if STRAY.fullmatch(name)]
     if outside:
-        notes.append(f"left out {len(outside)} tensors that are not the network's: {_some(outside)}")
+        notes.append(f"left out what is not the network's: {_some(outside)}")
     return {name: value for name, value in inside.items() if not STRAY.fullmatch(name)}, notes
 
 
