@@ -109,10 +109,10 @@ def _shown(browser):
     return browser.execute_script(script)
 
 
-def _click_header(browser, text):
-    script = """for (const b of document.querySelectorAll('#percase thead button'))
+def _click_header(browser, text, table="percase"):
+    script = """for (const b of document.querySelectorAll('#' + arguments[1] + ' thead button'))
         if (b.textContent === arguments[0]) b.click();"""
-    browser.execute_script(script, text)
+    browser.execute_script(script, text, table)
 
 
 def test_report_opens_without_console_messages_or_network(opened, page):
@@ -146,6 +146,14 @@ def test_columns_sort_up_and_down_with_undefined_last(opened):
     assert _column(opened, 2) == sorted(_column(opened, 2))
 
 
+def test_comparisons_sort_by_their_p_value(opened):
+    _click_header(opened, "Holm p", "compared")
+    script = """return Array.from(document.querySelectorAll('#compared tbody tr')).map(
+        row => Number(row.cells[10].dataset.value))"""
+    values = opened.execute_script(script)
+    assert len(values) == 7 * 4 and values == sorted(values)
+
+
 def test_sorted_column_is_announced(opened):
     _click_header(opened, "Dice")
     script = "return Array.from(document.querySelectorAll('#percase th[aria-sort=ascending]')).length"
@@ -154,18 +162,18 @@ def test_sorted_column_is_announced(opened):
 
 def test_rows_are_filtered_by_text_arm_and_region(opened):
     def choose(field, value):
-        script = """const e = document.getElementById(arguments[0]);
+        script = """const e = document.querySelector('#cases .controls ' + arguments[0]);
             e.value = arguments[1]; e.dispatchEvent(new Event('input'));"""
         opened.execute_script(script, field, value)
 
     assert _shown(opened) == 24
-    choose("find", "CASE2 wt")
+    choose("input", "CASE2 wt")
     assert _shown(opened) == 2
-    choose("find", "")
-    choose("arm", "second")
-    choose("region", "ET")
+    choose("input", "")
+    choose("[data-field=arm]", "second")
+    choose("[data-field=region]", "ET")
     assert _shown(opened) == 4
-    count = opened.execute_script("return document.getElementById('count').textContent")
+    count = opened.execute_script("return document.querySelector('#cases [role=status]').textContent")
     assert count == "4 of 24 rows"
 
 

@@ -1,25 +1,27 @@
-// Sorts and filters the table of all cases. No dependencies, no network.
+// Sorts and filters the tables marked "sortable". No dependencies, no network.
 "use strict";
-(() => {
-  const table = document.getElementById("percase");
+
+// Undefined values stay at the end in both directions.
+const compareKeys = (a, b, sign) => {
+  if (typeof a === "string" || typeof b === "string") {
+    return sign * String(a).localeCompare(String(b), undefined, { numeric: true });
+  }
+  if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) - Number.isNaN(b);
+  return sign * (a - b);
+};
+
+const setUp = (table) => {
   const body = table.tBodies[0];
   const rows = Array.from(body.rows);
   const heads = Array.from(table.tHead.rows[0].cells);
-  const find = document.getElementById("find");
-  const arm = document.getElementById("arm");
-  const region = document.getElementById("region");
-  const count = document.getElementById("count");
+  const controls = table.closest("section").querySelector(".controls");
+  const find = controls.querySelector("input");
+  const choices = Array.from(controls.querySelectorAll("select"));
+  const count = controls.querySelector("[role=status]");
 
   const key = (row, column) => {
     const cell = row.cells[column];
     return "value" in cell.dataset ? Number(cell.dataset.value) : cell.textContent;
-  };
-
-  // Undefined values stay at the end in both directions.
-  const compare = (a, b, sign) => {
-    if (typeof a === "string") return sign * a.localeCompare(b, undefined, { numeric: true });
-    if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) - Number.isNaN(b);
-    return sign * (a - b);
   };
 
   heads.forEach((head, column) => {
@@ -27,7 +29,7 @@
       const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
       heads.forEach((other) => other.setAttribute("aria-sort", "none"));
       head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
-      rows.sort((a, b) => compare(key(a, column), key(b, column), sign));
+      rows.sort((a, b) => compareKeys(key(a, column), key(b, column), sign));
       body.append(...rows);
     });
   });
@@ -36,16 +38,17 @@
     const words = find.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
     for (const row of rows) {
-      const text = `${row.cells[0].textContent} ${row.dataset.arm} ${row.dataset.region}`.toLowerCase();
+      const text = [row.cells[0].textContent, ...Object.values(row.dataset)].join(" ").toLowerCase();
       const keep =
         words.every((word) => text.includes(word)) &&
-        (!arm.value || row.dataset.arm === arm.value) &&
-        (!region.value || row.dataset.region === region.value);
+        choices.every((choice) => !choice.value || row.dataset[choice.dataset.field] === choice.value);
       row.hidden = !keep;
       shown += keep;
     }
     count.textContent = `${shown} of ${rows.length} rows`;
   };
-  for (const control of [find, arm, region]) control.addEventListener("input", filter);
+  for (const control of [find, ...choices]) control.addEventListener("input", filter);
   filter();
-})();
+};
+
+document.querySelectorAll("table.sortable").forEach(setUp);
