@@ -155,7 +155,7 @@ def main(_) -> None:
     arms, references = read_folders(workers)
     evaluation = cohort.evaluate(arms, references, settings, workers, TOLERANCE.value)
     result = summary.summarise(evaluation.table, SEED.value)
-    made = provenance.record([Path(sys.argv[0]).name, *sys.argv[1:]])
+    made = provenance.record(["launch/evaluate.py", *sys.argv[1:]])
     tables.write_table(output / "metrics.csv", evaluation.table)
     tables.write_lesions(output / "lesions.csv", evaluation.lesions)
     tables.write_json(output / "summary.json", summary.as_json(evaluation, result, made))

@@ -26,16 +26,18 @@ PER_CASE = (
     "lesions_tp", "lesions_fp", "lesions_fn", "volume_mm3", "reference_volume_mm3",
 )  # fmt: skip
 MAX_PICTURES = 24  # overlays of a page; a hundred kilobytes each
+WIDE_BOXES = 9  # a box plot with more boxes takes the full width
 MAX_PAIRS = 6  # pairs of arms that get charts of their own; the table has all
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture for the page: its address (data URI), what it shows in words, and a caption."""
+    """A picture for the page: its address (data URI), what it shows in words, a caption, full width or not."""
 
     source: str
     alt: str
     caption: str = ""
+    wide: bool = False
 
 
 def write(
@@ -135,7 +137,8 @@ def _charts(table: Table) -> list[Figure]:
     for metric in (m for m in CHARTED if m in table.metrics):
         alt = f"Box and strip plot of {plots.title(metric)} for {', '.join(table.regions)}; "
         alt += f"arms: {', '.join(table.arms)}. Numbers are in the summary table."
-        figures.append(Figure(_svg(plots.boxes(table, metric)), alt, plots.title(metric)))
+        wide = len(table.arms) * len(table.regions) > WIDE_BOXES
+        figures.append(Figure(_svg(plots.boxes(table, metric)), alt, plots.title(metric), wide))
     return figures
 
 
