@@ -27,6 +27,11 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, logs and the model 
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Show what the method trains and costs beside full fine-tuning; no data."
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "host:port of the first process, to train with several without SLURM or Open MPI."
+)
+PROCESS_COUNT = flags.DEFINE_integer("process_count", 0, "With --coordinator: how many processes there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: which one this is, from 0.")
 DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 
 
@@ -36,8 +41,9 @@ def run(config, workdir: str) -> dict:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAG}".strip()
     import training_data  # only now: importing JAX reads the flags above
 
-    from mednext_jax.train import loop
+    from mednext_jax.train import devices, loop
 
+    devices.join_processes(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value)
     data = training_data.open_data(config, workdir)
     try:
         return loop.fit(config, data, workdir)

@@ -1,5 +1,6 @@
 """Devices: the ``("data",)`` mesh over all of them, and putting arrays on it. One program for 1 to N."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,28 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Tree = Any
+
+
+# Variables that launchers set to the number of tasks: SLURM's srun and Open MPI's mpirun.
+LAUNCHER_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+def join_processes(coordinator: str = "", process_count: int = 0, process_id: int = -1) -> None:
+    """Makes this process one of several, before any device is touched; does nothing for a single one.
+
+    Args:
+      coordinator: ``host:port`` of the first process, with ``process_count`` and ``process_id``; empty: ask
+        the launcher (SLURM, Open MPI) if there is one with more than one task.
+    """
+    if coordinator:
+        if process_count < 1 or not 0 <= process_id < process_count:
+            raise ValueError(
+                f"--coordinator needs --process_count (is {process_count}) and --process_id (is {process_id}), "
+                "from 0 to one less"
+            )
+        jax.distributed.initialize(coordinator, process_count, process_id)
+    elif any(int(os.environ.get(name) or 1) > 1 for name in LAUNCHER_SIZES):
+        jax.distributed.initialize()
 
 
 def make_mesh(n_devices: int = 0) -> Mesh:

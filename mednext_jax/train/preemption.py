@@ -1,5 +1,6 @@
 """Stopping on request: SIGTERM, SIGUSR1 and Ctrl-C become a wish that the loop grants at its next step."""
 
+import os
 import signal
 from types import FrameType
 
@@ -34,8 +35,10 @@ class StopRequests:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequests":
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
+        # With several processes SIGTERM belongs to JAX, which tells all; the other signals are turned into it.
+        alone = jax.process_count() == 1
+        for number in SIGNALS if alone else SIGNALS[1:]:
+            self._previous[number] = signal.signal(number, self._note if alone else self._pass_on)
         return self
 
     def __exit__(self, *_) -> None:
@@ -46,12 +49,16 @@ class StopRequests:
         self.signal_number = number
         signal.signal(number, self._previous[number])
 
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(number, self._previous[number])
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def requested(self, step: int) -> int:
         """The signal that asks this run to stop, or 0; to be called at every step.
 
         With several processes all of them get the same answer for the same step: JAX's coordination service
         passes a SIGTERM on to every process and agrees on a step.
         """
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            return signal.SIGTERM
-        return self.signal_number if jax.process_count() == 1 else 0
+        if jax.process_count() > 1:
+            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+        return self.signal_number

@@ -2,8 +2,8 @@
 
 ``step(state, frozen, batch, learning_rate) -> (state, metrics)`` does no I/O and reads no clock. The gradient
 is taken with respect to the trainable leaves alone: the frozen ones are another argument, so the compiler
-never makes their gradients (measured on a toy: 882 instead of 1479 MFLOP), and the donated state holds what is
-trained and no more.
+never makes their gradients (measured on a toy: 882 instead of 1479 MFLOP), and the donated state holds what
+is trained and no more.
 """
 
 from collections.abc import Callable, Mapping

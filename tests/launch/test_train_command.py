@@ -92,7 +92,7 @@ def test_train_runs_on_a_raw_folder_and_says_what_it_trains(straight):
 
 
 def kill_at_step(process, workdir, step, how):
-    """Waits for a checkpoint of ``step`` to appear and sends the signal at once: saves are always under way."""
+    """Waits for a checkpoint of ``step`` and sends the signal at once: a save is nearly always under way."""
     deadline = time.monotonic() + 300
     while not any(int(f.name) >= step for f in (workdir / "checkpoints").glob("[0-9]*") if f.name.isdigit()):
         assert process.poll() is None, process.communicate()
