@@ -1,9 +1,11 @@
 """Measures whole folders: several predictions ("arms") against one set of references, cases in parallel."""
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,7 +67,7 @@ class Evaluation:
 def open_folder(name: str, path: str | Path, workers: int = 1) -> Folder:
     """Finds and inspects the label maps of a folder; the scheme is still open. Raises as `labelmaps` does."""
     files = labelmaps.find(path)
-    with _mapper(workers) as run:
+    with _mapper(workers, len(files)) as run:
         found = run(labelmaps.inspect, files.values())
         inspections = dict(zip(files, _watched(found, len(files), f"reading {name}"), strict=True))
     return Folder(name, Path(path), files, inspections)
@@ -117,7 +119,7 @@ def evaluate(
             if problem:
                 raise ValueError(f"case {case} ({arm.name}): {problem}")
             jobs.append((arm, case))
-    with _mapper(workers) as run:
+    with _mapper(workers, len(jobs)) as run:
         inputs = [
             (arm.files[case], arm.relabel, references.files[case], references.relabel,
              references.inspections[case].spacing_mm)
@@ -138,21 +140,26 @@ def _measure(settings: measure.Settings, job) -> dict[str, measure.RegionResult]
     return measure.measure(pred, labelmaps.read(truth_file, truth_relabel), spacing_mm, settings)
 
 
-def _mapper(workers: int):
-    """Context that yields a parallel `map` in order; spawned processes, since threads may be running."""
+@contextmanager
+def _mapper(workers: int, jobs: int) -> Iterator[Callable]:
+    """A `map` in order over processes, two jobs or more for each; spawned, since threads may be running."""
+    workers = min(workers, jobs // 2)
     if workers <= 1:
-        return nullcontext(map)
-    return _Pool(workers)
+        yield map
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield pool.map
+        except BrokenProcessPool as error:
+            raise OSError("a worker process died, probably out of memory: use fewer --workers") from error
 
 
-class _Pool(ProcessPoolExecutor):
-    def __init__(self, workers: int):
-        super().__init__(workers, mp_context=multiprocessing.get_context("spawn"))
-
-    def __enter__(self) -> Callable:
-        super().__enter__()
-        return self.map
-
-
-def _watched(items: Iterable, total: int, what: str) -> Iterable:
-    return tqdm(items, total=total, desc=what, unit="case", leave=False, disable=None)
+def _watched(items: Iterable, total: int, what: str) -> Iterator:
+    """The items, with a progress bar on a terminal and a line for every tenth part elsewhere."""
+    terminal = sys.stderr.isatty()
+    parts = {round(total * i / 10) for i in range(1, 11)}
+    bar = tqdm(items, total=total, desc=what, unit="case", leave=False, disable=not terminal)
+    for number, item in enumerate(bar, start=1):
+        yield item
+        if not terminal and total >= 20 and number in parts:
+            print(f"{what}: {number} of {total}", file=sys.stderr, flush=True)

@@ -126,6 +126,9 @@ def _labels(image, path) -> np.ndarray:
         values = values[..., 0]
     if values.ndim != 3:
         raise ValueError(f"{path}: shape {values.shape}; a label map must have three dimensions")
+    if values.dtype.kind == "f":  # a scaling factor in the header leaves rounding errors
+        rounded = np.rint(values)
+        values = rounded if np.allclose(values, rounded, rtol=0, atol=1e-3) else values
     with np.errstate(invalid="ignore", over="ignore"):
         for dtype in (np.uint8, np.int32):
             labels = values.astype(dtype)

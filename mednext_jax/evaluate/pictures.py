@@ -60,11 +60,14 @@ def view(pred: np.ndarray, truth: np.ndarray, affine: np.ndarray, scan: tuple[st
     orientation = nib.orientations.io_orientation(affine)
     image, channel = None, "no scan found"
     if scan is not None:
-        values = np.asarray(nib.load(scan[1]).dataobj, dtype=np.float32)
+        try:
+            values = np.asarray(nib.load(scan[1]).dataobj, dtype=np.float32)
+        except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError):
+            values = np.zeros(0)  # a picture without its scan is better than no report
         if values.shape == truth.shape:
             image, channel = turned(_window(values), orientation), scan[0]
         else:
-            channel = f"{scan[0]} has another shape"
+            channel = f"{scan[0]} does not fit" if values.size else f"{scan[0]} is broken"
     spacing = nib.affines.voxel_sizes(affine @ nib.orientations.inv_ornt_aff(orientation, truth.shape))
     return View(image, turned(truth, orientation), turned(pred, orientation), tuple(spacing), channel)
 

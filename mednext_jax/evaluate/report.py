@@ -32,7 +32,7 @@ MAX_PAIRS = 6  # pairs of arms that get charts of their own; the table has all
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture for the page: its address (data URI), what it shows in words, a caption, full width or not."""
+    """A picture for the page: address (data URI), what it shows in words, caption, full width or not."""
 
     source: str
     alt: str

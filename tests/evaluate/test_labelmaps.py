@@ -67,6 +67,11 @@ def test_float_maps_of_whole_numbers_are_read_and_images_refused(tmp_path, label
             labelmaps.read(image)
 
 
+def test_rounding_errors_of_a_scaled_header_are_forgiven(tmp_path, labels):
+    path = _save(tmp_path / "a.nii.gz", labels * np.float32(1.00001))
+    np.testing.assert_array_equal(labelmaps.read(path), labels)
+
+
 def test_trailing_axis_of_one_is_dropped_and_four_dimensions_refused(tmp_path, labels):
     assert labelmaps.read(_save(tmp_path / "a.nii.gz", labels[..., None])).shape == (5, 6, 7)
     with pytest.raises(ValueError, match="three dimensions"):

@@ -37,14 +37,14 @@ def _nifti(path, array, spacing=(1, 1, 1), origin=(0, 0, 0), kind="uint8"):
     struct.pack_into("<8h", header, 40, 3, *array.shape, 1, 1, 1, 1)
     struct.pack_into("<2h", header, 70, *codes[kind])
     struct.pack_into("<8f", header, 76, 1, *spacing, 0, 0, 0, 0)
-    struct.pack_into("<3f", header, 108, 352, 2 if kind == "int16" else 1, 0)  # offset, slope, intercept
+    struct.pack_into("<3f", header, 108, 352, 0.5 if kind == "int16" else 1, 0)  # offset, slope, intercept
     struct.pack_into("<2h", header, 252, 0, 1)  # no qform, an sform
     for row in range(3):
         values = [0.0] * 4
         values[row], values[3] = spacing[row], origin[row]
         struct.pack_into("<4f", header, 280 + 16 * row, *values)
     header[344:348] = b"n+1\0"
-    stored = array / 2 if kind == "int16" else array
+    stored = array * 2 if kind == "int16" else array
     content = bytes(header) + np.asfortranarray(stored.astype(kind)).tobytes(order="F")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
