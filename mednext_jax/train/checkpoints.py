@@ -10,6 +10,7 @@ leaf is checked against its CRC32, and only then compared with what the run need
 """
 
 import os
+import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 from mednext_jax.train import devices
 
 RECORDS = ("data", "progress", "config")
+SPARE_BYTES = 1 << 20  # for manifests and records
 KEEP_LATEST = 2  # the newest and, should it be damaged, the one before; the best one is kept besides
 
 
@@ -102,12 +104,23 @@ class Checkpoints:
         """
         flat = flatten_state(devices.to_host(state))
         items = {name: ocp.args.JsonSave(records[name]) for name in RECORDS}
+        self._check_space(step, sum(leaf.nbytes for leaf in flat.values()))
         items["leaves"] = ocp.args.JsonSave(describe_leaves(flat))
         args = ocp.args.Composite(state=ocp.args.StandardSave(flat), **items)
         metrics = None if score is None else {"score": score}
         with self._writing(step):
             if not self._manager.save(step, args=args, metrics=metrics, force=True):
                 raise OSError("Orbax skipped it")
+
+    def _check_space(self, step: int, state_bytes: int) -> None:
+        """Refuses before anything is written: a background write that fails is told late and at length."""
+        free = shutil.disk_usage(self.directory).free
+        if free < state_bytes + SPARE_BYTES:
+            raise OSError(
+                f"checkpoint {self.directory / str(step)} needs {(state_bytes + SPARE_BYTES) / 1e6:.1f} MB, "
+                f"the disk has {free / 1e6:.1f} MB left: make room and run the same command again; it goes on "
+                f"from step {self._manager.latest_step() or 0}"
+            )
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises OSError if that failed."""

@@ -25,8 +25,8 @@ def join_processes(coordinator: str = "", process_count: int = 0, process_id: in
     if coordinator:
         if process_count < 1 or not 0 <= process_id < process_count:
             raise ValueError(
-                f"--coordinator needs --process_count (is {process_count}) and --process_id (is {process_id}), "
-                "from 0 to one less"
+                f"--coordinator needs --process_count (it is {process_count}) and --process_id, from 0 to "
+                f"one less (it is {process_id})"
             )
         jax.distributed.initialize(coordinator, process_count, process_id)
     elif any(int(os.environ.get(name) or 1) > 1 for name in LAUNCHER_SIZES):

@@ -35,7 +35,7 @@ class StopRequests:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequests":
-        # With several processes SIGTERM belongs to JAX, which tells all; the other signals are turned into it.
+        # With several processes SIGTERM is JAX's, which tells all of them; other signals are turned into it.
         alone = jax.process_count() == 1
         for number in SIGNALS if alone else SIGNALS[1:]:
             self._previous[number] = signal.signal(number, self._note if alone else self._pass_on)

@@ -139,6 +139,16 @@ def test_step_that_is_not_there_is_named_with_those_that_are(folder):
     checkpoints.close()
 
 
+def test_full_disk_is_refused_before_writing(folder, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    checkpoints = Checkpoints(folder)
+    with pytest.raises(OSError, match="0.0 MB left: make room .* goes on from step 5"):
+        checkpoints.save(6, state(6), records(6))
+    assert checkpoints.steps() == [2, 4, 5]
+    checkpoints.close()
+
+
 def test_folder_that_can_not_be_used_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="choose another --workdir"):
