@@ -118,7 +118,7 @@ class Checkpoints:
         if free < state_bytes + SPARE_BYTES:
             raise OSError(
                 f"checkpoint {self.directory / str(step)} needs {(state_bytes + SPARE_BYTES) / 1e6:.1f} MB, "
-                f"the disk has {free / 1e6:.1f} MB left: make room and run the same command again; it goes on "
+                f"the disk has {free / 1e6:.1f} MB left: make room, run the same command again; it goes on "
                 f"from step {self._manager.latest_step() or 0}"
             )
 

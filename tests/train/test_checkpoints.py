@@ -143,7 +143,7 @@ def test_full_disk_is_refused_before_writing(folder, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     checkpoints = Checkpoints(folder)
-    with pytest.raises(OSError, match="0.0 MB left: make room .* goes on from step 5"):
+    with pytest.raises(OSError, match="0.0 MB left: make room, .* goes on from step 5"):
         checkpoints.save(6, state(6), records(6))
     assert checkpoints.steps() == [2, 4, 5]
     checkpoints.close()

@@ -45,5 +45,6 @@ def test_demo_and_full_size_arms_share_everything_but_what_they_are_about():
             for name in ("full", "scratch")
         )
         differing = {field for field in full if full[field] != scratch[field]}
-        network = {f"model.{name}" for name in ("variant", "kernel_size", "n_channels", "block_counts", "exp_r")}
+        names = ("variant", "kernel_size", "n_channels", "block_counts", "exp_r")
+        network = {f"model.{name}" for name in names}
         assert differing <= {"init_from", "optim.peak_lr", *network}
