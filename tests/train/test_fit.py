@@ -186,7 +186,7 @@ def test_bad_batch_is_skipped_within_the_limit_and_recorded(config, open_data, t
 
 
 def test_plateau_and_patience_follow_the_validations(config, open_data, tmp_path):
-    config.optim.update(schedule="plateau", peak_lr=0.0, weight_decay=0.0, total_steps=20)
+    config.optim.update(schedule="plateau", peak_lr=0.0, total_steps=20)
     config.optim.update(plateau_factor=0.5, plateau_patience=0)
     config.eval.update(every=2, patience=3)
     result = loop.fit(config, open_data(config), tmp_path)  # nothing is learned: no validation is better
@@ -197,14 +197,18 @@ def test_plateau_and_patience_follow_the_validations(config, open_data, tmp_path
 
 
 @pytest.fixture
-def adapted(straight, config, open_data, tmp_path):
+def adapted(straight, config, open_data):
+    """Workdir of an adapter run on the finished run's network; made once."""
+    folder = straight.parent / "adapted"
+    if (folder / "result.json").exists():
+        return folder
     config.init_from = str(straight)
     config.model.update(variant="", kernel_size=0, n_channels=0, block_counts=(), exp_r=0)
     config.peft.update(method="conv_adapter+head", gamma=2)
     config.optim.update(total_steps=2, ema_decay=0.5, new_warmup_steps=2)
     config.eval.every = 0
-    loop.fit(config, open_data(config), tmp_path / "run")
-    return tmp_path / "run"
+    loop.fit(config, open_data(config), folder)
+    return folder
 
 
 def test_adapter_run_leaves_frozen_parameters_bit_identical(straight, adapted):
