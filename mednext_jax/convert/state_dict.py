@@ -188,7 +188,7 @@ def strip(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def expected_shapes(kwargs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """path -> shape of every parameter of ``MedNeXt(**kwargs)``."""
-    return dict(_expected_shapes(json.dumps(kwargs, sort_keys=True)))
+    return dict(_expected_shapes(json.dumps(kwargs, sort_keys=True, default=dataclasses.asdict)))
 
 
 @functools.lru_cache(maxsize=8)
@@ -200,15 +200,15 @@ def _expected_shapes(kwargs_json: str) -> dict[str, tuple[int, ...]]:
 
 def _flavour_of(kwargs: Mapping[str, Any]) -> str:
     """The flavour of upstream's network with these adapters."""
-    adapters = [dataclasses.asdict(adapter) if dataclasses.is_dataclass(adapter) else adapter
-                for adapter in kwargs.get("adapters", ())]
+    adapters = MedNeXt(**kwargs).adapters
     if not adapters:
         return "plain"
     first = adapters[0]
-    if len(adapters) > 1 or first["kind"] not in ("block", "linear") or not first.get("legacy", False):
-        raise ValueError(f"an adapter of kind {first['kind']!r} has no counterpart in the PyTorch networks: "
+    released = first.legacy and first.position == "residual" and all(map(first.matches, names.STAGES))
+    if len(adapters) > 1 or first.kind not in ("block", "linear") or not released:
+        raise ValueError(f"an adapter of kind {first.kind!r} has no counterpart in the PyTorch networks: "
                          "merge it, or export the base network without it")
-    return "linear" if first["kind"] == "linear" else first["placement"]
+    return "linear" if first.kind == "linear" else first.placement
 
 
 def _array(name: str, value: Any) -> np.ndarray:

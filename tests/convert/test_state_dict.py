@@ -8,6 +8,7 @@ from mednext_jax import convert
 from mednext_jax.convert.state_dict import convert as convert_with_notes
 from mednext_jax.convert.state_dict import expected_shapes
 from mednext_jax.nn import paths
+from mednext_jax.nn.adapters import Adapter
 from tests.golden import reading
 
 NETWORKS = reading.names("net_", "grad_", "adapter_lin", "adapter_par", "adapter_seq")
@@ -184,12 +185,26 @@ def test_linear_adapters_of_no_common_ratio_are_refused():
         convert.from_torch(state_dict)
 
 
-def test_adapters_that_only_exist_here_cannot_be_exported(state_dict):
+@pytest.mark.parametrize("adapter", [
+    {"kind": "conv", "target": ".*_block_[0-3]|bottleneck"},
+    {"kind": "block", "target": ".*_block_[0-3]|bottleneck"},
+    Adapter("block", "bottleneck", legacy=True),
+])  # fmt: skip
+def test_adapters_that_only_exist_here_cannot_be_exported(state_dict, adapter):
     kwargs, _ = convert.from_torch(state_dict)
-    kwargs["adapters"] = ({"kind": "conv", "target": "bottleneck"},)
+    kwargs["adapters"] = (adapter,)
     params = {path: np.zeros(shape, np.float32) for path, shape in expected_shapes(kwargs).items()}
     with pytest.raises(ValueError, match="merge it, or export the base"):
         convert.to_torch(kwargs, params)
+
+
+def test_adapters_may_be_given_with_their_defaults_left_out():
+    golden = reading.Golden("adapter_seq_2d_ak5")
+    kwargs, params = convert.from_torch(golden.state_dict)
+    short = {"kind": "block", "target": kwargs["adapters"][0]["target"], "kernel_size": 5, "legacy": True}
+    for adapters in (short, Adapter(**short)):
+        back = convert.to_torch({**kwargs, "adapters": (adapters,)}, params)
+        assert back.keys() == golden.state_dict.keys()
 
 
 def test_export_names_a_parameter_that_does_not_fit(state_dict):
