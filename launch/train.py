@@ -39,7 +39,7 @@ def run(config, workdir: str) -> dict:
     """Trains; returns what ``train.loop.fit`` returns."""
     if config.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAG}".strip()
-    import training_data  # only now: importing JAX reads the flags above
+    import training_data  # its imports take seconds: not before the flags were checked
 
     from mednext_jax.train import devices, loop
 
