@@ -41,7 +41,7 @@ CASES = {
     "grad_net_2d_grn_ds": ("MedNeXt", SMALL | {"dim": "2d", "grn": True, "deep_supervision": True}, (2, 4, 32, 48), 7),
     "adapter_seq_2d_ak5": ("MedNeXtWithAdapters", SMALL | {
         "dim": "2d", "adapter_kernel_size": 5}, (2, 4, 32, 48), 8),
-    "grad_adapter_seq_2d_nores": ("MedNeXtWithAdapters", SMALL | {
+    "adapter_seq_2d_nores": ("MedNeXtWithAdapters", SMALL | {
         "dim": "2d", "adapter_kernel_size": 3, "do_res": False, "do_res_up_down": False}, (2, 4, 32, 48), 9),
     "adapter_par_2d_enc5_dec3": ("MedNeXtWithParallelAdapters", SMALL | {
         "dim": "2d", "kernel_size": None, "enc_kernel_size": 5, "dec_kernel_size": 3}, (1, 4, 48, 32), 10),
