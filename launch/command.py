@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the full traceback of an error.")
 
@@ -62,6 +62,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Parses flags, calls ``main(argv)`` and ends the process with its return value (``None`` means 0)."""
     cache_compilations()
+    logging.set_verbosity(logging.ERROR)  # libraries report every backend they try and every file they open
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from jax import Array
 
 STRIDES = (1, 2)
-FOLD = 16  # rows added in one pass of the kernel gradient on CPU
 
 
 def depthwise_conv(x: Array, kernel: Array, stride: int = 1) -> Array:
@@ -201,21 +200,16 @@ def _tap_sums_at_once(x: Array, g: Array, sizes: Sequence[int], stride: int) -> 
 def _tap_sums_by_planes(x: Array, g: Array, sizes: Sequence[int], stride: int) -> Array:
     """The same sums plane by plane, so that a plane of both arrays stays in cache for all taps, (taps, C).
 
-    A reduction that keeps the minor axis is not vectorised when XLA fuses it on CPU. Here rows are added element by
-    element, ``FOLD`` of them in one pass, and only the last small array is reduced: four times faster (32 channels,
-    64^3), and one program for all taps instead of one each.
+    A third of the time of one whole reduction per tap on CPU (32 channels, 64^3), a twentieth of its temporaries,
+    and one small program for all taps. Rows and columns must be reduced together: XLA vectorises that reduction
+    over the channels, but not one over the rows alone.
     """
     if len(sizes) == 2:
         x, g, sizes = x[:, None], g[:, None], (1, *sizes)
     dtype = _accumulator(x, g)
     batch, depth, height, width, channels = g.shape
-    fold = min(FOLD, height)
-    extra = -height % fold
-    rows = height + extra
-    half = [k // 2 for k in sizes]
-    padded = jnp.pad(x, ((0, 0), (half[0],) * 2, (half[1], half[1] + stride * extra), (half[2],) * 2, (0, 0)))
-    g = jnp.pad(g, ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0)))
-    window = (batch, 1, stride * (rows - 1) + 1, stride * (width - 1) + 1, channels)
+    padded = _padded(x, sizes)
+    window = (batch, 1, stride * (height - 1) + 1, stride * (width - 1) + 1, channels)
 
     def plane(z: Array, totals: Array) -> Array:
         near = jax.lax.dynamic_slice_in_dim(padded, stride * z, sizes[0], axis=1)
@@ -224,9 +218,9 @@ def _tap_sums_by_planes(x: Array, g: Array, sizes: Sequence[int], stride: int) -
         def tap(t: Array, totals: Array) -> Array:
             start = (0, t // (sizes[1] * sizes[2]), t // sizes[2] % sizes[1], t % sizes[2], 0)
             seen = jax.lax.dynamic_slice(near, start, window)[:, 0, ::stride, ::stride].astype(dtype)
-            return totals.at[t].add(sum(seen[:, row::fold] * here[:, row::fold] for row in range(fold)))
+            return totals.at[t].add((seen * here).sum((1, 2)))
 
         return jax.lax.fori_loop(0, math.prod(sizes), tap, totals)
 
-    totals = jnp.zeros((math.prod(sizes), batch, rows // fold, width, channels), dtype)
-    return jax.lax.fori_loop(0, depth, plane, totals).sum((1, 2, 3))
+    totals = jnp.zeros((math.prod(sizes), batch, channels), dtype)
+    return jax.lax.fori_loop(0, depth, plane, totals).sum(1)
