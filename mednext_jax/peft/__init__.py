@@ -1,12 +1,14 @@
 """Parameter-efficient fine-tuning: methods by name, rules over parameter paths, adapter files, merging.
 
-method = peft.create("conv_adapter", gamma=4)                  # or "lora+norm", rank=8
-model, params = method.apply_to(model, base_params, key)       # logits equal the base's, bit for bit
-trainable, frozen = peft.split(params, method.rule)            # gradients: with respect to the first
-alone print(peft.summary(params, method.rule)) peft.save_adapter(directory, method, params, base_params,
-info) adapter = peft.load_adapter(directory, base_params)            # bound to the base by hash model,
-params = adapter.apply_to(base_model, base_params) model, params = peft.merge(model, params)
-# a plain network again, where the adapter is linear
+    method = peft.create("conv_adapter", gamma=4)             # or "lora+norm", rank=8
+    model, params = method.apply_to(model, base_params, key)  # logits equal the base's, bit for bit
+    trainable, frozen = peft.split(params, method.rule)       # gradients are taken of the first alone
+    print(peft.summary(params, method.rule))
+    peft.save_adapter(directory, method, params, base_params, info)
+
+    adapter = peft.load_adapter(directory, base_params)       # bound to the base by hash
+    model, params = adapter.apply_to(base_model, base_params)
+    model, params = peft.merge(model, params)                 # a plain network again, where that is exact
 """
 
 from mednext_jax.peft.adapter_files import AdapterFile, load_adapter, load_config, save_adapter

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import jax
-
 from mednext_jax.nn import paths
+from mednext_jax.peft import attach
 from mednext_jax.peft.adapter_files import AdapterFile, load_adapter
 
 
@@ -33,7 +32,6 @@ class AdapterSet:
         self._model = model
         self._adapters: dict[str, AdapterFile] = {}
         self._networks: dict[str, tuple[Any, dict[str, Any]]] = {}
-        self._compiled: dict[Any, Any] = {}
         self._active: str | None = None
 
     @property
@@ -93,9 +91,7 @@ class AdapterSet:
     def apply(self, x: Any) -> Any:
         """Logits of the network in use for x (B, D, H, W, C); compiled once per architecture and shape."""
         model, params = self.network
-        if model not in self._compiled:
-            self._compiled[model] = jax.jit(model.apply)
-        return self._compiled[model]({"params": params}, x)
+        return attach.compiled(model)({"params": params}, x)
 
     def _known(self, name: str) -> None:
         if name not in self._adapters:

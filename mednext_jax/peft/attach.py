@@ -1,5 +1,6 @@
 """Putting a method's additions into a network that has already been trained."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +51,12 @@ def draw(model: Any, key: Any, wanted: set[str]) -> dict[str, jax.Array]:
         return {path: flat[path] for path in sorted(wanted)}
 
     return jax.jit(values)(key)
+
+
+@functools.cache
+def compiled(model: Any) -> Any:
+    """``(variables, x) -> logits`` of a network, one program per architecture and shape."""
+    return jax.jit(model.apply)
 
 
 def check_params(flat: Mapping[str, Any], expected: Mapping[str, Any], owner: str) -> None:

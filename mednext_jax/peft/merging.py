@@ -18,6 +18,7 @@ import numpy as np
 
 from mednext_jax.nn import paths
 from mednext_jax.nn.adapters import Adapter
+from mednext_jax.peft import attach
 
 Flat = dict[str, Any]
 
@@ -150,9 +151,7 @@ def _largest_difference(model: Any, params: Any, plain: Any, merged: Any, key: A
     spatial = (32,) * int(model.dim[0])  # at 16 the bottleneck is one voxel, and its norm hides all
     x = jax.random.normal(key, (1, *spatial, model.in_channels))
     first, second = (
-        jax.tree.leaves(
-            jax.jit(net.clone(dtype=jnp.float32).apply)({"params": paths.unflatten(paths.flatten(p))}, x)
-        )
+        jax.tree.leaves(attach.compiled(net.clone(dtype=jnp.float32))({"params": paths.unflatten(paths.flatten(p))}, x))
         for net, p in ((model, params), (plain, merged))
     )
     return max(float(jnp.abs(a - b).max() / jnp.abs(a).max()) for a, b in zip(first, second, strict=True))

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mednext_jax.nn import paths
 from mednext_jax.nn.adapters import Adapter
 from mednext_jax.peft import attach
 from mednext_jax.peft.methods import METHODS, Parts
@@ -49,11 +48,6 @@ class Method:
             ),
             start=self.base_rule,
         )
-
-    def new_paths(self, params: Mapping[str, Any]) -> set[str]:
-        """Paths of adapted ``params`` without a trained value: what was added and what was drawn anew."""
-        added = Rule(self.rule.clauses[len(self.base_rule.clauses) :]) + (self.fresh or Rule(()))
-        return {path for path in paths.flatten(params) if added.matches(path)}
 
     def apply_to(self, model: Any, base_params: Mapping[str, Any], key: Any) -> tuple[Any, dict[str, Any]]:
         """The network with the method's additions, and its parameters: the base's and the new ones.

@@ -7,7 +7,7 @@ from mednext_jax.nn.mednext import MedNeXt, parameter_shapes
 
 
 def tiny(**changes) -> MedNeXt:
-    """A flat MedNeXt with one block at both ends and one at the bottom; its nine stages are all there."""
+    """A flat MedNeXt with one block at both ends and one at the bottom: all nine stages, little to compile."""
     fields = {"n_channels": 4, "n_classes": 3, "block_counts": (1, 0, 0, 0, 1, 0, 0, 0, 1), "dim": "2d",
               "remat": "none", "do_res_up_down": False} | changes  # fmt: skip
     return MedNeXt(**fields)

@@ -1,0 +1,75 @@
+"""What methods cost: arithmetic counted on the trace, memory and file size of the step."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mednext_jax import peft
+from mednext_jax.nn.mednext import create_mednext, parameter_shapes
+from mednext_jax.nn.paths import unflatten
+from mednext_jax.peft.flops import flops
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+# The most that a training step of each method may cost, as a fraction of the full one's (MedNeXt-S's widths).
+PROMISES = {
+    "full": 1.0,
+    "head": 0.35,
+    "decoder": 0.75,
+    "last_stages": 0.75,
+    "norm": 0.8,
+    "bias": 0.8,
+    "norm_bias_head": 0.8,
+    "depthwise": 0.8,
+    "depthwise_adapter": 0.8,
+    "conv_adapter": 0.8,
+    "linear_adapter": 0.8,
+    "ssf": 0.9,
+    "lora": 0.95,
+    "paper_sequential": 1.0,
+    "paper_parallel": 1.0,
+}
+
+
+def test_flops_of_products_loops_and_dead_code_are_counted():
+    a, b, x = jnp.ones((3, 5)), jnp.ones((5, 7)), jnp.ones((1, 6, 6, 4))
+
+    def product(a, b):
+        _unused = jnp.exp(b.T @ b)
+        return jnp.sum(a @ b)
+
+    assert flops(product, a, b) == 2 * 3 * 5 * 7 + 3 * 7
+    assert flops(lambda a, b: jax.lax.map(lambda row: row @ b, a), a, b) == 3 * (2 * 5 * 7)
+    grouped = jax.jit(lambda x, w: jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2))  # fmt: skip
+    assert flops(grouped, x, jnp.ones((3, 3, 2, 8))) == 2 * (6 * 6 * 8) * (3 * 3 * 2)
+
+
+@pytest.mark.parametrize("variant", ["S", "B"])
+def test_forward_flops_match_the_original_network(variant):
+    model = create_mednext(variant, n_classes=4)
+    x = jax.ShapeDtypeStruct((1, 64, 64, 64, 4), jnp.float32)
+    counted = flops(lambda params, x: model.apply({"params": unflatten(params)}, x), parameter_shapes(model), x)
+    convolutions = 1e9 * json.loads((GOLDEN / "param_counts.json").read_text())[f"{variant}_k3"]["gflop_64"]
+    assert 1.0 < counted / convolutions < 1.06  # the rest is norms, GELUs and sums
+
+
+def test_steps_cost_no_more_than_methods_promise():
+    model = create_mednext("S", n_classes=3, block_counts=(2, 2, 0, 0, 0, 0, 0, 2, 2))
+    full, *others = peft.costs([peft.create(name) for name in PROMISES], model, (32, 32, 32))
+    for row, promise in zip(others, list(PROMISES.values())[1:], strict=True):
+        assert row.step_flops < promise * full.step_flops, row.method
+        assert row.predict_flops < 1.4 * full.predict_flops, row.method
+        assert row.file_bytes == pytest.approx(4 * row.trainable, abs=30_000), row.method
+    table = peft.markdown([full, *others]).splitlines()
+    assert len(table) == 2 + len(PROMISES) and "| `head` | The output layers, those of deep supervision" in table[3]
+
+
+def test_compiled_step_of_decoder_and_head_needs_less_arithmetic_and_memory(network):
+    names = ("full", "decoder", "head")
+    rows = peft.costs([peft.create(name) for name in names], network.clone(kernel_size=1), (64, 64), compiled=True)
+    assert sorted((row.temporary_bytes for row in rows), reverse=True) == [row.temporary_bytes for row in rows]
+    assert rows[2].temporary_bytes < 0.7 * rows[0].temporary_bytes
