@@ -4,8 +4,8 @@ Trains all 5.55 million parameters from scratch on 128^3 patches. Meant for one 
 machine: the seconds per step that the run prints, times 250,000. No score is claimed: none has been measured
 on patients.
 
-    python launch/train.py --config=configs/pretrain.py --config.data.root=DATA/BraTS2021
-    --workdir=runs/pretrain # a larger network:   ... --config.model.variant=B
+    python launch/train.py --config=configs/pretrain.py --config.data.root=DATA/BraTS2021 --workdir=runs/pretrain
+    # a larger network:   ... --config.model.variant=B
     # simulated cohort:   ... --config=configs/pretrain.py:demo --config.data.store=stores/source
 """
 

@@ -2,8 +2,7 @@ r"""Training from scratch on the small cohort alone: what fine-tuning has to bea
 
 The same network, data, patches, augmentation and steps as configs/full.py, without pre-trained weights.
 
-    python launch/train.py --config=configs/scratch.py --config.data.root=DATA/BraTS-Africa
-    --workdir=runs/scratch
+    python launch/train.py --config=configs/scratch.py --config.data.root=DATA/BraTS-Africa --workdir=runs/scratch
 """
 
 from ml_collections import ConfigDict

@@ -84,7 +84,7 @@ def root_of(config, folder: Path, cohort: str) -> Path:
 
 def is_simulated(config) -> bool:
     """Whether any cohort of the study is simulated."""
-    return any(not config[cohort].root for cohort in COHORTS)
+    return config.simulate.enabled and any(not config[cohort].root for cohort in COHORTS)
 
 
 def count(config) -> int:

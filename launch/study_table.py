@@ -31,4 +31,5 @@ def text(config, folder: Path) -> str:
 def _row(name: str, values: dict, seeds: int) -> str:
     cells = [values[region][metric]["mean"] for region, metric in COLUMNS]
     n = values["mean"]["dice"]["n"]
-    return f"{name:28}{n:>6}{seeds:>6}" + "".join(f"{'-' if cell is None else format(cell, '.3f'):>12}" for cell in cells)
+    shown = ["-" if cell is None else format(cell, ".3f") for cell in cells]
+    return f"{name:28}{n:>6}{seeds:>6}" + "".join(f"{cell:>12}" for cell in shown)

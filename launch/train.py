@@ -1,8 +1,7 @@
 r"""Trains or fine-tunes a network as a config says; the same --workdir goes on where it stopped.
 
-    python launch/train.py --config=configs/pretrain.py --config.data.root=DATA/BraTS2021
-    --workdir=runs/pretrain python launch/train.py --config=configs/peft.py
-    --config.data.root=DATA/BraTS-Africa \
+    python launch/train.py --config=configs/pretrain.py --config.data.root=DATA/BraTS2021 --workdir=runs/pretrain
+    python launch/train.py --config=configs/peft.py --config.data.root=DATA/BraTS-Africa \
         --config.init_from=runs/pretrain --workdir=runs/peft
     python launch/train.py --config=configs/peft.py --config.peft.method=lora+head ... --dry_run
 
