@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "evaluate": {"evaluate"},
     "train": {"nn", "peft", "infer", "evaluate", "train"} | TOP,
     "convert": {"nn", "convert"} | TOP,
-    "top": {"nn"} | TOP,
+    "top": {"nn", "convert"} | TOP,  # loading grows kernels by UpKern
 }
 
 
