@@ -5,6 +5,7 @@ plain functions, so that blocks can run expansion, GELU and compression slab by 
 LoRA and SSF live here, as further leaves of the layer they adapt.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -58,6 +59,7 @@ def torch_uniform(fan_in: int):
     return initializer
 
 
+@functools.partial(jax.jit, static_argnums=1)  # traced once per shape: every ``apply`` asks for all shapes again
 def uniform_by_hash(key: Array, shape: tuple[int, ...]) -> Array:
     """Uniform float32 numbers in [0, 1): two rounds of an integer hash (murmur3's finaliser) of key and position.
 
