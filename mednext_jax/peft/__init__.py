@@ -11,7 +11,7 @@
     model, params = peft.merge(model, params)                 # a plain network again, where that is exact
 """
 
-from mednext_jax.peft.adapter_files import AdapterFile, load_adapter, load_config, save_adapter
+from mednext_jax.peft.adapter_files import AdapterFile, load_adapter, load_config, merge_directories, save_adapter
 from mednext_jax.peft.adapter_set import AdapterSet
 from mednext_jax.peft.cost import Cost, costs, markdown
 from mednext_jax.peft.merging import merge, unmerge
@@ -37,6 +37,7 @@ __all__ = [
     "load_config",
     "markdown",
     "merge",
+    "merge_directories",
     "merge_trees",
     "options_of",
     "rule",

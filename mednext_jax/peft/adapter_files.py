@@ -9,10 +9,10 @@ of theirs. The configuration holds the hashes of the base and of the tensors: an
 base, or is refused.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from mednext_jax import modeldir
 from mednext_jax.nn import paths
 from mednext_jax.nn.mednext import parameter_shapes
-from mednext_jax.peft import attach, registry, rules
+from mednext_jax.peft import attach, merging, registry, rules
 
 FORMAT = "mednext_jax.adapter"
 FORMAT_VERSION = 1
@@ -32,7 +32,7 @@ CONFIG_FILE = "adapter_config.json"
 CARD_FILE = "README.md"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class AdapterFile:
     """An adapter in memory.
 
@@ -154,6 +154,25 @@ def load_adapter(
             "one of the two files was changed; copy the adapter again"
         )
     return AdapterFile(_method_of(config, directory / CONFIG_FILE), tensors, config)
+
+
+def merge_directories(
+    model: str | os.PathLike, adapter: str | os.PathLike, output: str | os.PathLike, force: bool = False
+) -> modeldir.ModelInfo:
+    """Write the model directory of a base with an adapter merged into it; it is used like any other model.
+
+    Returns: the description as written; its provenance names base, method and cohort.
+
+    Raises:
+      FileNotFoundError, FileExistsError, ValueError: as ``load_model``, :func:`load_adapter`, ``merging.merge`` and
+        ``save_model``.
+    """
+    info, base = modeldir.load_model(model)
+    attached = load_adapter(adapter, base, force)
+    modeldir.check_channels(info, attached.config["channels"], attached.config["normalization"])
+    _, params = merging.merge(*attached.apply_to(info.network(), base))
+    merged_from = {name: attached.config[name] for name in ("method", "options", "base_hash", "cohort", "scores")}
+    return modeldir.save_model(output, dataclasses.replace(info, provenance={"merged": merged_from}), params)
 
 
 def load_config(directory: str | os.PathLike) -> dict[str, Any]:

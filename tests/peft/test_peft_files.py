@@ -1,5 +1,6 @@
 """Adapter files and several adapters on one base: bound by hash, switched by name, refused when damaged."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -148,6 +149,35 @@ def test_two_sites_switch_on_one_base_and_give_their_own_logits(tmp_path, networ
         assert np.array_equal(sites.apply(image), expected[None])
     assert np.array_equal(sites.apply(image), expected["lagos"])
     assert not np.allclose(expected["lagos"], expected["kano"], atol=0.1)
+
+
+def test_merged_directory_is_a_plain_model_with_the_adapted_logits(tmp_path, network, base, image):
+    kwargs = {field: getattr(network, field) for field in ("n_channels", "block_counts", "dim", "do_res_up_down")}
+    info = dataclasses.replace(INFO, kwargs=kwargs)
+    modeldir.save_model(tmp_path / "base", info, base)
+    method, params = trained(network, base, 5, "lora+head", rank=2)
+    peft.save_adapter(tmp_path / "site", method, params, base, info, "BraTS-Africa")
+    peft.merge_directories(tmp_path / "base", tmp_path / "site", tmp_path / "merged")
+    merged_info, merged = modeldir.load_model(tmp_path / "merged")
+    assert merged_info.provenance["merged"]["cohort"] == "BraTS-Africa"
+    assert flatten(merged).keys() == base.keys()
+    expected = attach.compiled(network.clone(adapters=method.adapters))({"params": unflatten(params)}, image)
+    logits = attach.compiled(network)({"params": merged}, image)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_merging_onto_another_base_or_what_is_not_linear_writes_nothing(tmp_path, network, base):
+    kwargs = {field: getattr(network, field) for field in ("n_channels", "block_counts", "dim", "do_res_up_down")}
+    info = dataclasses.replace(INFO, kwargs=kwargs)
+    modeldir.save_model(tmp_path / "base", info, base)
+    method, params = trained(network, base, 5, "conv_adapter")
+    peft.save_adapter(tmp_path / "site", method, params, base, info)
+    with pytest.raises(ValueError, match="cannot be merged: there is a GELU"):
+        peft.merge_directories(tmp_path / "base", tmp_path / "site", tmp_path / "merged")
+    peft.save_adapter(tmp_path / "site", method, params, base | {"stem/bias": base["stem/bias"] + 1}, info)
+    with pytest.raises(ValueError, match="was trained on the base"):
+        peft.merge_directories(tmp_path / "base", tmp_path / "site", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_adapter_set_names_what_is_missing_or_taken(saved, network, base):
