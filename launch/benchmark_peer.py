@@ -1,6 +1,8 @@
 """Upstream's PyTorch MedNeXt, timed beside ours by ``launch/benchmark.py``."""
 
+import copy
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ SEPARATOR = ": "
 
 
 def jobs(checkout: Path, network: dict[str, Any], batch: int, size: int, with_compile: bool) -> list[Job]:
-    """Forward and forward + backward of upstream's network, eager and (if asked) under ``torch.compile``.
+    """Forward and forward + backward of upstream's network, in both memory layouts, eager and (if asked) compiled.
 
     Raises:
       ValueError: no PyTorch, or no upstream MedNeXt at ``checkout``.
@@ -21,18 +23,16 @@ def jobs(checkout: Path, network: dict[str, Any], batch: int, size: int, with_co
         import torch
     except ImportError:
         raise ValueError("--peer needs PyTorch: pip install 'mednext-jax[torch]'") from None
-    model = _model(checkout, network)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    memory_format = torch.channels_last_3d
-    model = model.to(device, memory_format=memory_format)
-    x = torch.randn(batch, 4, size, size, size, device=device).to(memory_format=memory_format)
+    plain = _model(checkout, network).to(device)
+    image = torch.randn(batch, 4, size, size, size, device=device)
     low = network["dtype"] == "bfloat16"
 
     def wait() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    def both(label: str, net) -> list[Job]:
+    def both(label: str, model, net, x) -> list[Job]:
         def forward():
             with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=low):
                 net(x)
@@ -49,9 +49,13 @@ def jobs(checkout: Path, network: dict[str, Any], batch: int, size: int, with_co
 
         return [Job(f"forward{SEPARATOR}{label}", forward), Job(f"forward+backward{SEPARATOR}{label}", backward)]
 
-    found = both("torch", model)
+    found = both("torch", plain, plain, image)
+    last = torch.channels_last_3d
+    channels_last, image_last = copy.deepcopy(plain).to(memory_format=last), image.to(memory_format=last)
+    found += both("torch channels-last", channels_last, channels_last, image_last)
     if with_compile:
-        found += both("torch compiled", torch.compile(model))
+        found += both("torch compiled", plain, torch.compile(plain), image)
+        found += both("torch compiled channels-last", channels_last, torch.compile(channels_last), image_last)
     return found
 
 
@@ -60,8 +64,6 @@ def _model(checkout: Path, network: dict[str, Any]):
     if not (package / "network_architecture" / "mednextv1" / "MedNextV1.py").is_file():
         raise ValueError(f"--peer={checkout} is no checkout of MIC-DKFZ/MedNeXt: it has no mednextv1/MedNextV1.py")
     # The top package imports all of nnU-Net; a bare stand-in with its path lets the two files be imported alone.
-    import types
-
     for name, path in (("nnunet_mednext", package),
                        ("nnunet_mednext.network_architecture", package / "network_architecture"),
                        ("nnunet_mednext.network_architecture.mednextv1",
