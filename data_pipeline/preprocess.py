@@ -152,7 +152,8 @@ def _stop_if_bad(problems: Sequence[Problem], folder: str | Path, skip_bad: bool
     if serious and not skip_bad:
         more = f" | and {len(serious) - _MOST_SHOWN} more" if len(serious) > _MOST_SHOWN else ""
         listed = " | ".join(map(str, serious[:_MOST_SHOWN]))
-        remedy = "correct them (--check_only lists all) or leave those cases out with --skip_bad"
+        command = "launch/preprocess.py"
+        remedy = f"correct them ({command} --check-only lists all) or leave those cases out ({command} --skip-bad)"
         noun = "1 problem" if len(serious) == 1 else f"{len(serious)} problems"
         raise ValueError(f"{shown(folder)}: {noun}; {remedy}: {listed}{more}")
 
@@ -161,7 +162,8 @@ def _print_problems(problems: Sequence[Problem]) -> None:
     for problem in problems[:_MOST_SHOWN]:
         print(f"{'warning' if problem.warning else 'left out'}: {problem}", file=sys.stderr)
     if len(problems) > _MOST_SHOWN:
-        print(f"... and {len(problems) - _MOST_SHOWN} more; --check_only lists all", file=sys.stderr)
+        more = len(problems) - _MOST_SHOWN
+        print(f"... and {more} more; launch/preprocess.py --check-only lists all", file=sys.stderr)
 
 
 def _refuse_other_cases(path: Path, cases: Sequence[Case], problems: Sequence[Problem]) -> None:

@@ -40,8 +40,10 @@ def run(config, workdir: str) -> dict:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAG}".strip()
     import training_data  # its imports take seconds: not before the flags were checked
 
-    from mednext_jax.train import devices, loop
+    from mednext_jax.train import devices, experiment, loop
+    from mednext_jax.train.workdir import plain
 
+    experiment.check_config(plain(config))  # a typo is told before a cohort is preprocessed
     devices.join_processes(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value)
     data = training_data.open_data(config, workdir)
     try:

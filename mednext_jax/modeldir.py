@@ -189,7 +189,8 @@ def check_channels(info: ModelInfo, channels: Iterable[str], normalization: str 
     if channels != info.channels:
         kind = "in another order" if sorted(channels) == sorted(info.channels) else "others"
         raise ValueError(f"the model expects the channels ({', '.join(info.channels)}), the data has {kind}: "
-                         f"({', '.join(channels)}); preprocess the data in the model's order")
+                         f"({', '.join(channels)}); use a model of the data's channels, or convert the weights again "
+                         "with launch/convert.py --channels")
     if normalization is not None and normalization != info.normalization:
         raise ValueError(f"the model expects intensities normalised by {info.normalization!r}, "
                          f"the data has {normalization!r}; preprocess the data again")

@@ -176,7 +176,8 @@ def detect_scheme(
         return current
     known = set(schemes[current])
     odd = [c for c, present in values.items() if not known.issuperset(present)]
-    remedy = "say what they mean: --labels=NAME=SCHEME or --labels=NAME=VALUE:LABEL,..., or give --regions"
+    remedy = ("say what they mean: --labels=NAME=SCHEME, or for a folder of mixed schemes value by value as in "
+              "--labels=references=1:1,2:2,3:3,4:3, or give --regions")
     if not fitting:
         listed = "; ".join(f"{name} has {', '.join(map(str, sorted(t)))}" for name, t in schemes.items())
         strange = f"label values {sorted(found)} fit no scheme (first in case {odd[0]}; {listed})"

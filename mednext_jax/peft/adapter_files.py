@@ -139,7 +139,7 @@ def load_adapter(
     if config["base_hash"] != found and not force:
         raise ValueError(
             f"{directory} was trained on the base {_short(config['base_hash'])}, "
-            f"this one is {_short(found)}: give its own base, or force it, and do not expect its scores"
+            f"this one is {_short(found)}: give the base it was trained on (its run keeps it in <workdir>/base)"
         )
     file = directory / TENSORS_FILE
     if not file.is_file():
