@@ -59,8 +59,11 @@ def _equation(equation: core.JaxprEqn, outputs: list[bool]) -> int:
         features = params["dimension_numbers"].rhs_spec[0]
         return 2 * size * math.prod(kernel) // kernel[features]
     if name == "scan":
-        carried = params["num_carry"]
-        return params["length"] * _count(params["jaxpr"].jaxpr, [True] * carried + outputs[carried:])
+        body = params["jaxpr"].jaxpr
+        # What the loop carries keeps its shape; what it stacks gains an axis. (Parameter names differ by JAX version.)
+        pairs = zip(equation.outvars, body.outvars, outputs, strict=True)
+        wanted = [want or outer.aval.ndim == inner.aval.ndim for outer, inner, want in pairs]
+        return params["length"] * _count(body, wanted)
     if name == "cond":
         return max(_count(branch.jaxpr, outputs) for branch in params["branches"])
     return sum(
