@@ -74,5 +74,6 @@ def _equation(equation: core.JaxprEqn, outputs: list[bool]) -> int:
 
 def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:
     """The traces that an equation calls (jit, checkpoint, custom derivatives, while)."""
-    closed = [value.jaxpr for value in params.values() if isinstance(value, core.ClosedJaxpr)]
-    return closed + [value for value in params.values() if isinstance(value, core.Jaxpr)]
+    # JAX 0.12 has one type for both, with a property that leads from either to the open form.
+    found = [value for value in params.values() if isinstance(value, core.ClosedJaxpr | core.Jaxpr)]
+    return [getattr(value, "jaxpr", value) for value in found]
