@@ -72,7 +72,7 @@ def costs(
 def markdown(rows: Sequence[Cost]) -> str:
     """The rows as a Markdown table; FLOPs are relative to the first row's (give ``full`` first)."""
     lines = [
-        "| method | trains | parameters | % | file | step FLOPs | predict FLOPs | memory | step time |",
+        "| method | trains | parameters | % | file | step FLOPs | predict FLOPs | step memory | step time |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
