@@ -79,4 +79,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(1)
 
-    app.run(guarded, argv=with_underscores(sys.argv), flags_parser=parse_flags)
+    try:
+        app.run(guarded, argv=with_underscores(sys.argv), flags_parser=parse_flags)
+    except SystemExit as end:  # absl calls being asked for help an error
+        asked = {"--help", "-h", "--helpshort", "--helpfull"} & set(sys.argv)
+        sys.exit(0 if asked and end.code == 1 else end.code)

@@ -129,7 +129,7 @@ def predict_cases(
                 probabilities = predictor.predict(image, report)
             write_prediction(output, job.case_id, probabilities, record, predictor.info, options)
         except CASE_ERRORS as error:
-            failed[job.case_id] = _reason(error)
+            failed[job.case_id] = _reason(error).removeprefix(f"{job.case_id}: ")
             tqdm.write(f"failed: {job.case_id}: {failed[job.case_id]}", file=sys.stderr)
     return failed
 
