@@ -24,6 +24,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 from mednext_jax.train import devices
 
 RECORDS = ("data", "progress", "config")
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that was being written when the run died
 SPARE_BYTES = 1 << 20  # for manifests and records
 KEEP_LATEST = 2  # the newest and, should it be damaged, the one before; the best one is kept besides
 
@@ -80,9 +81,12 @@ class Checkpoints:
         )
         latest = preservation.LatestN(KEEP_LATEST)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation.AnyPreservationPolicy([latest, best]),
-            cleanup_tmp_directories=True,
+            preservation_policy=preservation.AnyPreservationPolicy([latest, best])
         )
+        # Orbax would clean up in a thread that nobody waits for, and that fails aloud when a run ends at once.
+        if jax.process_index() == 0:
+            for unfinished in self.directory.glob(f"*{UNFINISHED}*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:

@@ -149,6 +149,16 @@ def test_full_disk_is_refused_before_writing(folder, monkeypatch):
     checkpoints.close()
 
 
+def test_step_that_was_being_written_when_a_run_died_is_removed(tmp_path):
+    dead = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp-3"
+    (dead / "state").mkdir(parents=True)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    try:
+        assert checkpoints.steps() == [] and not dead.exists()
+    finally:
+        checkpoints.close()
+
+
 def test_folder_that_can_not_be_used_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="choose another --workdir"):
