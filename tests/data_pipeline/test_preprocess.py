@@ -172,7 +172,7 @@ def test_other_label_map_redoes_the_cases(raw_case, tmp_path):
 def test_bad_cases_stop_the_run_and_keep_the_good_ones(raw_case, tmp_path):
     raw_case("BraTS-SSA-00001-000")
     raw_case("BraTS-SSA-00002-000", t1n=np.full(SHAPE, np.nan))
-    with pytest.raises(ValueError, match="1 problem; .*--skip_bad: BraTS-SSA-00002-000: NaN or Inf"):
+    with pytest.raises(ValueError, match=r"1 problem; .*--skip-bad\): BraTS-SSA-00002-000: NaN or Inf"):
         make(tmp_path)
     assert os.listdir(tmp_path / "store" / "cases") == ["BraTS-SSA-00001-000"]
     with pytest.raises(FileNotFoundError, match="not finished"):
