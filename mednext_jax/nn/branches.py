@@ -59,7 +59,10 @@ class ConvAdapter(nn.Module):
         hidden = channels // self.gamma
         down = _GroupedDown(hidden, self.sizes, name="down")(channels)
         h = depthwise_by_mode(x, down[0], self.mode)
-        h = h.reshape(*h.shape[:-1], hidden, self.gamma).sum(-1) + down[1].astype(h.dtype)
+        # Each group's sum as a product with a matrix of zeros and ones: into a reduction, XLA on CPU would fuse the
+        # convolution's additions but not its shifts, and keep an array per kernel tap (72 instead of 26 full-size
+        # ones in a step of two blocks at 64^3, and half as fast).
+        h = h @ jnp.repeat(jnp.eye(hidden, dtype=h.dtype), self.gamma, axis=0) + down[1].astype(h.dtype)
         up = Conv(self.features, (1,) * len(self.sizes), zero=True, name="up")(hidden)
         y = pointwise(jax.nn.gelu(h, approximate=False), up)
         if self.learnable_scale:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mednext_jax import peft
+from mednext_jax.nn.branches import ConvAdapter
 from mednext_jax.nn.mednext import create_mednext, parameter_shapes
 from mednext_jax.nn.paths import unflatten
 from mednext_jax.peft.flops import flops
@@ -73,3 +75,27 @@ def test_compiled_step_of_decoder_and_head_needs_less_arithmetic_and_memory(netw
     rows = peft.costs([peft.create(name) for name in names], network.clone(kernel_size=1), (64, 64), compiled=True)
     assert sorted((row.temporary_bytes for row in rows), reverse=True) == [row.temporary_bytes for row in rows]
     assert rows[2].temporary_bytes < 0.7 * rows[0].temporary_bytes
+
+
+def test_conv_adapter_step_keeps_no_array_per_kernel_tap():
+    adapter = ConvAdapter(features=8, gamma=4, sizes=(3, 3, 3))
+    x = jnp.ones((1, 16, 16, 16, 8))
+    params = jax.eval_shape(adapter.init, jax.random.key(0), x)
+    step = jax.jit(jax.grad(lambda params, x: jnp.sum(jnp.square(adapter.apply(params, x)))))
+    temporary = step.lower(params, x).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 12 * x.nbytes
+
+
+def test_conv_adapter_starts_with_a_grouped_convolution():
+    adapter = ConvAdapter(features=6, gamma=3, sizes=(3, 3), learnable_scale=False)
+    x = jax.random.normal(jax.random.key(0), (2, 7, 5, 6))
+    down = jax.random.normal(jax.random.key(1), (3, 3, 1, 6))
+    up = jnp.eye(2, 6)[None, None]
+    params = {"down": {"kernel": down, "bias": jnp.ones(2)}, "up": {"kernel": up, "bias": jnp.zeros(6)}}
+    # flax and torch keep such a kernel as (*k, channels per group, groups); output j sees inputs 3 j, 3 j + 1, 3 j + 2
+    kernel = down.reshape(3, 3, 2, 3).transpose(0, 1, 3, 2)
+    grouped = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                                           feature_group_count=2)  # fmt: skip
+    found = adapter.apply({"params": params}, x)
+    np.testing.assert_allclose(found[..., :2], jax.nn.gelu(grouped + 1, approximate=False), rtol=1e-4, atol=1e-5)
+    assert not found[..., 2:].any()
