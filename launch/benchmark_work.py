@@ -13,8 +13,6 @@ from mednext_jax import peft
 from mednext_jax.nn.depthwise import depthwise_conv, depthwise_conv_transpose
 from mednext_jax.nn.mednext import create_mednext
 
-METHODS = ("full", "head", "decoder", "norm_bias_head", "lora", "conv_adapter", "paper_sequential")
-
 
 @dataclass
 class Job:
@@ -91,7 +89,7 @@ def peft_table(network: dict[str, Any], size: int, batch: int, repeats: int) -> 
     """Parameters, file, FLOPs, memory and time of each method's compiled step, as markdown."""
     model = create_mednext(network["variant"], 4, network["kernel_size"], network["deep_supervision"],
                            dtype=jnp.dtype(network["dtype"]), remat=network["remat"])  # fmt: skip
-    methods = [peft.create(name) for name in METHODS]
+    methods = [peft.create(name) for name in peft.METHODS]
     return peft.markdown(peft.costs(methods, model, (size,) * 3, batch, compiled=True, timed_steps=repeats))
 
 
