@@ -1,70 +1,188 @@
-r"""Measures speed and memory on this machine; upstream's PyTorch network beside ours, in one run, alternating.
+r"""Measures speed and memory on this machine, beside its ceilings and beside upstream's PyTorch network.
 
-    python launch/benchmark.py --work=step --variant=S --size=64 --peer=CHECKOUT_OF_MEDNEXT --json=step.json
-    python launch/benchmark.py --work=step --variant=S --size=128 --batch=2 --dtype=bfloat16 --deep_supervision
-    python launch/benchmark.py --work=depthwise --size=64 --channels=32
-    python launch/benchmark.py --work=peft --variant=S --size=64
+    python launch/benchmark.py step --variant=S --size=64 --peer=CHECKOUT_OF_MEDNEXT --json=step.json
+    python launch/benchmark.py step --variant=S --size=128 --batch=2 --dtype=bfloat16 --deep_supervision
+    python launch/benchmark.py predict --volume=240,240,155 --peer=CHECKOUT_OF_MEDNEXT
+    python launch/benchmark.py COMMAND --help
 
-Work: "step" (forward, and forward + backward), "depthwise" (each operation beside a copy of its bytes), "peft" (each
-method's compiled step beside full fine-tuning's). Times are medians; a ratio is ours over the peer's. The machine's
-ceilings, copying and multiplying matrices, are measured in the same run. --peer needs PyTorch and a checkout of
-MIC-DKFZ/MedNeXt.
+Times are medians of runs that alternate; a ratio is ours over the peer's. FLOPs and bytes are those of the compiled
+program, loops counted as often as they run; floor_share is the time that the machine's measured ceilings (copying,
+multiplying matrices in float32) allow, over the time taken. --peer takes a checkout of MIC-DKFZ/MedNeXt and needs
+PyTorch.
 """
 
+import argparse
 import json
+import os
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # configs/ is not installed
 
 import command
-from absl import flags
+from absl.flags import argparse_flags
 
-WORK = flags.DEFINE_enum("work", "step", ["step", "depthwise", "peft"], "What to measure.")
-VARIANT = flags.DEFINE_enum("variant", "S", ["S", "B", "M", "L"], "Network.")
-KERNEL = flags.DEFINE_integer("kernel_size", 3, "Kernel size.")
-SIZE = flags.DEFINE_integer("size", 64, "Edge of the cubic patch.", lower_bound=16)
-BATCH = flags.DEFINE_integer("batch", 1, "Patches.", lower_bound=1)
-CHANNELS = flags.DEFINE_integer("channels", 32, "Channels of --work=depthwise.", lower_bound=1)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
-DEEP_SUPERVISION = flags.DEFINE_bool("deep_supervision", False, "All five heads.")
-REMAT = flags.DEFINE_enum("remat", "mlp", ["none", "mlp", "block"], "What the backward pass computes again.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each.", lower_bound=1)
-PEER = flags.DEFINE_string("peer", "", "Checkout of upstream MedNeXt to time beside ours.")
-PEER_COMPILE = flags.DEFINE_bool("peer_compile", False, "Also time the peer under torch.compile.")
-JSON = flags.DEFINE_string("json", "", "Write the figures to this file too.")
+Result = dict[str, Any]
 
 
-def main(_) -> int:
-    import benchmark_peer
-    import benchmark_work
-    import jax
+def step(options: argparse.Namespace) -> Result:
+    """Forward, and forward + backward, of a network: time, FLOPs, bytes, memory; upstream's network with --peer."""
+    from benchmarks import ours, timing, upstream
 
-    network = {
-        "variant": VARIANT.value, "kernel_size": KERNEL.value, "deep_supervision": DEEP_SUPERVISION.value,
-        "dtype": DTYPE.value, "remat": REMAT.value,
-    }  # fmt: skip
-    if WORK.value == "depthwise":
-        jobs = benchmark_work.depthwise_jobs(BATCH.value, SIZE.value, CHANNELS.value, DTYPE.value)
-    elif WORK.value == "step":
-        jobs = benchmark_work.step_jobs(network, BATCH.value, SIZE.value)
-        if PEER.value:
-            jobs += benchmark_peer.jobs(Path(PEER.value), network, BATCH.value, SIZE.value, PEER_COMPILE.value)
-    else:
-        print(benchmark_work.peft_table(network, SIZE.value, BATCH.value, REPEATS.value))
-        return 0
-    rows = benchmark_work.measure(jobs, REPEATS.value)
-    result = {
-        "command": sys.argv,
-        "device": str(jax.devices()[0].device_kind),
-        "jax": jax.__version__,
-        "ceilings": benchmark_work.ceilings(),
-        "rows": rows,
-        "ratio_to_peer": benchmark_peer.ratios(rows),
-    }
-    print(benchmark_work.table(result))
-    if JSON.value:
-        Path(JSON.value).write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    works = ours.step_works(network_of(options), options.batch, options.size)
+    if options.peer:
+        upstream.check(Path(options.peer))
+        works += upstream.step_works(
+            Path(options.peer), network_of(options), options.batch, options.size, options.peer_compile
+        )
+    return timing.result(timing.measure(works, options.repeats, memory=not options.skip_memory))
+
+
+def peft(options: argparse.Namespace) -> Result:
+    """Each fine-tuning method's compiled step beside full fine-tuning's: parameters, FLOPs, memory, time."""
+    from benchmarks import ours
+
+    table, rows = ours.peft_rows(network_of(options), options.size, options.batch, options.repeats, options.methods)
+    return {"command": sys.argv, "table": table, "rows": rows}
+
+
+def depthwise(options: argparse.Namespace) -> Result:
+    """Each depthwise operation and its gradients beside a copy of its bytes; PyTorch's own with --peer."""
+    from benchmarks import ours, timing, upstream
+
+    arguments = (options.batch, options.size, options.channels, options.dtype)
+    works = ours.depthwise_works(*arguments)
+    if options.peer:
+        upstream.check(Path(options.peer))
+        works += upstream.depthwise_works(*arguments)
+    return timing.result(timing.measure(works, options.repeats))
+
+
+def data(options: argparse.Namespace) -> Result:
+    """Crops that a store gives, per second and per core, beside what a training step of that size needs."""
+    from benchmarks import data, ours, timing
+
+    from data_pipeline.store import Store
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(options.store) if options.store else data.noise_store(Path(folder) / "store")
+        rows = [data.row(store, options.size, options.batch, options.threads, options.workers, options.repeats)]
+    if not options.skip_step:
+        _, work = ours.step_works(network_of(options), options.batch, options.size)
+        rows.append(data.demand(options.batch, timing.measure([work], 1)[0]["seconds"]))
+    return timing.result(rows)
+
+
+def predict(options: argparse.Namespace) -> Result:
+    """A whole volume by sliding window; MONAI's around upstream's network with --peer."""
+    from benchmarks import predict, timing, upstream
+
+    arguments = (options.volume, options.size, options.overlap, options.windows_per_batch)
+    works = [predict.work(network_of(options), *arguments)]
+    if options.peer:
+        upstream.check(Path(options.peer))
+        if predict.has_monai():
+            works += predict.peer_works(Path(options.peer), network_of(options), *arguments, options.peer_compile)
+        else:
+            print(predict.NO_MONAI, file=sys.stderr)
+    return timing.result(timing.measure(works, options.repeats, memory=not options.skip_memory))
+
+
+def compile(options: argparse.Namespace) -> Result:
+    """Seconds to compile the training step, cold and from the cache, each in a fresh process."""
+    from benchmarks import compiling, timing
+
+    from configs import pretrain
+    from mednext_jax.train import workdir
+
+    config = pretrain.get_config()
+    config.model.update(network_of(options))
+    config.data.update(patch_voxels=(options.size,) * 3, batch_size=options.batch)
+    return timing.result(compiling.rows(workdir.plain(config), options.repeats))
+
+
+def network_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The network's part of the options."""
+    names = ("variant", "kernel_size", "deep_supervision", "dtype", "remat")
+    return {name: getattr(options, name) for name in names}
+
+
+def three(text: str) -> tuple[int, ...]:
+    """Reads ``240,240,155``."""
+    sizes = tuple(int(size) for size in text.split(","))
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give three sizes, like 240,240,155")
+    return sizes
+
+
+def positive(text: str) -> int:
+    """Reads a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
+
+
+class OneLineParser(argparse_flags.ArgumentParser):
+    """Tells what is wrong with a command line in one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(1, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command and its options."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog="benchmark.py", description=__doc__, formatter_class=raw)
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    added = {}
+    for run in (step, peft, depthwise, data, predict, compile):
+        added[run] = parsers.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        added[run].set_defaults(run=run)
+
+    def option(name: str, commands: Sequence, help: str, **more: Any) -> None:
+        text = help + (" Default: %(default)s." if more.get("default") not in (None, "", []) else "")
+        for run in commands:
+            added[run].add_argument(f"--{name}", help=text, **more)
+
+    every, networks = tuple(added), (step, peft, data, predict, compile)
+    peers = (step, depthwise, predict)
+    option("variant", networks, "Network.", choices=["S", "B", "M", "L"], default="S")
+    option("kernel_size", networks, "Kernel size of the network.", type=int, choices=[3, 5], default=3)
+    option("deep_supervision", networks, "All five heads.", action="store_true")
+    option("remat", networks, "What the backward pass computes again.", choices=["none", "mlp", "block"], default="mlp")
+    option("dtype", every, "Compute type.", choices=["float32", "bfloat16"], default="float32")
+    option("size", (step, peft, depthwise, compile), "Edge of the cubic patch.", type=positive, default=64)
+    option("size", (data, predict), "Edge of the cubic crop or window.", type=positive, default=128)
+    option("batch", (step, peft, depthwise, data, compile), "Patches.", type=positive, default=1)
+    option("channels", (depthwise,), "Channels.", type=positive, default=32)
+    option("methods", (peft,), "Some methods, with commas; else all.", type=lambda text: text.split(","), default=[])
+    option("store", (data,), "Store to read; else one of noise is written and removed again.", default="")
+    option("threads", (data,), "Reading threads.", type=int, default=2)
+    option("workers", (data,), "Reading processes, instead of threads.", type=int, default=0)
+    option("skip_step", (data,), "Leave the step's demand out.", action="store_true")
+    option("volume", (predict,), "Size of the volume.", type=three, default=(240, 240, 155))
+    option("overlap", (predict,), "Share of a window that its neighbour covers.", type=float, default=0.5)
+    option("windows_per_batch", (predict,), "Windows computed at once.", type=positive, default=1)
+    option("peer", peers, "Checkout of upstream MedNeXt to time beside ours.", default="")
+    option("peer_compile", (step, predict), "Also time the peer under torch.compile.", action="store_true")
+    option("skip_memory", (step, predict), "Leave the runs out that measure peak memory.", action="store_true")
+    option("repeats", every, "Timed runs of each.", type=positive, default=3)
+    option("json", every, "Write the figures to this file too.", default="")
+    return parser.parse_args(argv[1:])
+
+
+def main(options: argparse.Namespace) -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a card
+    found = options.run(options)
+    from benchmarks import timing
+
+    print(found["table"] if "table" in found else timing.table(found))
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, parse)

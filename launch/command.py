@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -59,13 +60,17 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         sys.exit(1)
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Parses flags, calls ``main(argv)`` and ends the process with its return value (``None`` means 0)."""
+def run(main: Callable[[Any], int | None], parse: Callable[[Sequence[str]], Any] = parse_flags) -> None:
+    """Parses flags, calls ``main(what parse returned)`` and ends the process with its value (``None`` means 0).
+
+    Args:
+      parse: for commands with sub-commands; what it returns is no list then.
+    """
     cache_compilations()
     logging.set_verbosity(logging.ERROR)  # libraries report every backend they try and every file they open
 
-    def guarded(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
+    def guarded(argv: Any) -> None:
+        if isinstance(argv, list) and len(argv) > 1:
             print(f"error: unexpected argument {argv[1]!r}; flags are written --name=value", file=sys.stderr)
             sys.exit(1)
         try:
@@ -80,7 +85,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             sys.exit(1)
 
     try:
-        app.run(guarded, argv=with_underscores(sys.argv), flags_parser=parse_flags)
+        app.run(guarded, argv=with_underscores(sys.argv), flags_parser=parse)
     except SystemExit as end:  # absl calls being asked for help an error
         asked = {"--help", "-h", "--helpshort", "--helpfull"} & set(sys.argv)
         sys.exit(0 if asked and end.code == 1 else end.code)

@@ -1,0 +1,1 @@
+"""What ``launch/benchmark.py`` measures: one module per sub-command, and what they share."""

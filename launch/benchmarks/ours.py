@@ -1,0 +1,95 @@
+"""Our network's steps, depthwise operations and fine-tuning methods, as things to time."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.timing import OURS, SEPARATOR, Facts, Work, compiled
+from mednext_jax import peft
+from mednext_jax.nn.depthwise import depthwise_conv, depthwise_conv_transpose
+from mednext_jax.nn.mednext import MedNeXt, create_mednext
+
+Network = dict[str, Any]  # variant, kernel_size, deep_supervision, dtype, remat
+N_CLASSES = 4
+KERNEL_SIZE = 3  # of the depthwise operations
+OPERATIONS = {
+    "stride 1": depthwise_conv,
+    "stride 2": lambda x, w: depthwise_conv(x, w, 2),
+    "transpose": depthwise_conv_transpose,
+}
+PASSES = ("forward", "input gradient", "kernel gradient")
+
+
+def model_of(network: Network) -> MedNeXt:
+    """The network that the command line describes, four channels to four classes."""
+    return create_mednext(
+        network["variant"], N_CLASSES, network["kernel_size"], network["deep_supervision"],
+        dtype=jnp.dtype(network["dtype"]), remat=network["remat"],
+    )  # fmt: skip
+
+
+def step_works(network: Network, batch: int, size: int) -> list[Work]:
+    """Forward, and forward + backward with respect to every parameter, of a mean-square loss."""
+    arguments = (network, batch, size)
+    return [Work(f"{name}{SEPARATOR}{OURS}", _step, (*arguments, name)) for name in ("forward", "forward+backward")]
+
+
+def _step(network: Network, batch: int, size: int, what: str) -> tuple[Callable[[], Any], Facts]:
+    model = model_of(network)
+    x = jax.random.normal(jax.random.key(0), (batch, size, size, size, 4))
+    params = jax.jit(model.init)(jax.random.key(1), x[:1, :16, :16, :16])["params"]
+
+    def forward(params, x):
+        return model.apply({"params": params}, x)
+
+    def loss(params, x):
+        return sum(jnp.mean(jnp.square(y)) for y in jax.tree.leaves(forward(params, x)))
+
+    return compiled(forward if what == "forward" else jax.value_and_grad(loss), params, x)
+
+
+def depthwise_works(batch: int, size: int, channels: int, dtype: str) -> list[Work]:
+    """Each depthwise operation and its gradients; the copy of an array is the floor of one pass."""
+    shape = (batch, size, channels, dtype)
+    works = [Work("copy", _copy, shape)]
+    for operation in OPERATIONS:
+        works += [Work(f"{operation} {p}{SEPARATOR}{OURS}", _depthwise, (*shape, operation, p)) for p in PASSES]
+    return works
+
+
+def _copy(batch: int, size: int, channels: int, dtype: str) -> tuple[Callable[[], Any], Facts]:
+    return compiled(lambda x: x + 1, jnp.ones((batch, size, size, size, channels), dtype))
+
+
+def _depthwise(
+    batch: int, size: int, channels: int, dtype: str, name: str, which: str
+) -> tuple[Callable[[], Any], Facts]:
+    operation = OPERATIONS[name]
+    edge = size // 2 if name == "transpose" else size
+    x = jax.random.normal(jax.random.key(0), (batch, edge, edge, edge, channels), jnp.dtype(dtype))
+    w = jax.random.normal(jax.random.key(1), (*(KERNEL_SIZE,) * 3, 1, channels), jnp.dtype(dtype))
+    if which == "forward":
+        return compiled(operation, x, w)
+    shape = jax.eval_shape(operation, x, w)
+    g = jax.random.normal(jax.random.key(2), shape.shape, shape.dtype)
+    position = PASSES.index(which) - 1
+    return compiled(lambda x, w, g: jax.vjp(operation, x, w)[1](g)[position], x, w, g)
+
+
+def peft_rows(
+    network: Network, size: int, batch: int, repeats: int, names: list[str]
+) -> tuple[str, list[dict[str, Any]]]:
+    """Parameters, file, FLOPs, memory and time of each method's compiled step: as Markdown, and as rows.
+
+    Each row says its share of the first's, ``full``'s.
+    """
+    methods = [peft.create(name) for name in dict.fromkeys(["full", *(names or peft.METHODS)])]
+    costs = peft.costs(methods, model_of(network), (size,) * 3, batch, compiled=True, timed_steps=repeats)
+    rows = [asdict(cost) for cost in costs]
+    for row in rows:
+        shares = ("step_flops", "predict_flops", "temporary_bytes", "step_seconds")
+        row["ratio_to_full"] = {name: row[name] / rows[0][name] for name in shares}
+    return peft.markdown(costs), rows

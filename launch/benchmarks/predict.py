@@ -1,0 +1,85 @@
+"""A whole volume by sliding window: ours, and MONAI's with upstream's PyTorch network."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import ours, upstream
+from benchmarks.timing import OURS, SEPARATOR, Facts, Work
+from mednext_jax.infer import windows
+from mednext_jax.infer.sliding_window import SlidingWindow
+from mednext_jax.peft.flops import flops
+
+NO_MONAI = "MONAI is not installed, so its sliding window was not timed: pip install monai"
+
+
+def work(network: ours.Network, volume: Sequence[int], patch: int, overlap: float, windows_per_batch: int) -> Work:
+    """Our sliding window, from a volume on the host to logits on the host."""
+    return Work(f"volume{SEPARATOR}{OURS}", _ours, (network, tuple(volume), patch, overlap, windows_per_batch))
+
+
+def peer_works(
+    checkout: Path, network: ours.Network, volume: Sequence[int], patch: int, overlap: float, windows_per_batch: int,
+    with_compile: bool,
+) -> list[Work]:  # fmt: skip
+    """MONAI's sliding window around upstream's network, same windows; none without MONAI."""
+    arguments = (str(checkout), network, tuple(volume), patch, overlap, windows_per_batch)
+    return [
+        Work(f"volume{SEPARATOR}monai + {name}", _monai, (*arguments, last, compiled))
+        for name, last, compiled in upstream.variants(with_compile)
+    ]
+
+
+def has_monai() -> bool:
+    """Whether MONAI can be imported."""
+    try:
+        import monai.inferers  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _ours(
+    network: ours.Network, volume: tuple[int, ...], patch: int, overlap: float, windows_per_batch: int
+) -> tuple[Callable[[], Any], Facts]:
+    model = ours.model_of(network | {"deep_supervision": False})
+    small = jax.ShapeDtypeStruct((1, 16, 16, 16, 4), np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), small)["params"]
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: 0.05 * random.standard_normal(leaf.shape, np.float32), shapes)
+    window = SlidingWindow(
+        lambda params, x: model.apply({"params": params}, x), (patch,) * 3, ours.N_CLASSES, overlap=overlap,
+        windows_per_batch=windows_per_batch,
+    )  # fmt: skip
+    image = random.standard_normal((*volume, 4), np.float32)
+    padded = tuple(max(size, patch) for size in volume)
+    n_windows = len(windows.window_starts(padded, (patch,) * 3, overlap))
+    one = jax.ShapeDtypeStruct((1, *(patch,) * 3, 4), np.float32)
+    arithmetic = n_windows * flops(lambda params, x: model.apply({"params": params}, x), params, one)
+    return lambda: window.predict(params, image), {"windows": n_windows, "gflop": arithmetic / 1e9}
+
+
+def _monai(
+    checkout: str, network: ours.Network, volume: tuple[int, ...], patch: int, overlap: float, windows_per_batch: int,
+    last: bool, compiled: bool,
+) -> tuple[Callable[[], Any], Facts]:  # fmt: skip
+    import torch
+    from monai.inferers import sliding_window_inference
+
+    model, device = upstream.model_on_device(checkout, network | {"deep_supervision": False}, last)
+    net = torch.compile(model.eval()) if compiled else model.eval()
+    image = torch.randn(1, 4, *volume)
+    low = network["dtype"] == "bfloat16"
+
+    def run():
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=low):
+            logits = sliding_window_inference(
+                upstream.laid_out(image.to(device), last), (patch,) * 3, windows_per_batch, net, overlap=overlap,
+                mode="gaussian",
+            )  # fmt: skip
+        return logits.float().cpu()
+
+    return run, {}

@@ -1,0 +1,188 @@
+"""How benchmarks time, what they know of a compiled program and of the machine, and the table they print."""
+
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.traffic import moved_bytes
+from mednext_jax.peft.flops import flops
+
+OURS = "ours"
+SEPARATOR = ": "
+Facts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing to time, described so that a process of its own can make it too.
+
+    Attributes:
+      name: "what: whose"; those that agree up to the colon are compared, "ours" with every other.
+      make: a function of a module, ``(*arguments) -> (run, facts)``; ``run()`` does the work once and waits for its
+        end, ``facts`` is what is known beforehand, such as FLOPs and bytes.
+      arguments: plain values.
+    """
+
+    name: str
+    make: Callable[..., tuple[Callable[[], Any], Facts]]
+    arguments: tuple = ()
+
+
+def compiled(function: Callable, *arguments: Any) -> tuple[Callable[[], Any], Facts]:
+    """``function`` compiled for ``arguments``, and what its program costs."""
+    program = jax.jit(function).lower(*arguments).compile()
+    facts = {
+        "gflop": flops(function, *arguments) / 1e9,
+        "gbytes": moved_bytes(program.as_text()) / 1e9,
+        "temporaries_gb": program.memory_analysis().temp_size_in_bytes / 1e9,
+    }
+    return lambda: jax.block_until_ready(program(*arguments)), facts
+
+
+def measure(works: Sequence[Work], repeats: int, memory: bool = False) -> list[dict[str, Any]]:
+    """Times the works alternating, after one run of each to warm up.
+
+    Args:
+      memory: also the peak memory of each, in a process of its own.
+
+    Returns: one row per work: medians and spread in seconds, processor seconds, and the work's facts.
+    """
+    made = [work.make(*work.arguments) for work in works]
+    for run, _ in made:
+        run()
+    samples: list[list[Facts]] = [[] for _ in works]
+    for _ in range(repeats):
+        for (run, _), own in zip(made, samples, strict=True):
+            began = time.perf_counter(), time.process_time()
+            run()
+            own.append({"seconds": time.perf_counter() - began[0], "cpu_seconds": time.process_time() - began[1]})
+    rows = []
+    for work, (_, facts), own in zip(works, made, samples, strict=True):
+        rows.append(medians(work.name, own) | facts)
+        if memory:
+            rows[-1]["peak_memory_gb"] = apart(peak_memory, work) / 1e9
+    return rows
+
+
+def medians(name: str, samples: Sequence[Facts]) -> dict[str, Any]:
+    """A row: the median of every quantity, and the spread of the seconds."""
+    seconds = [sample["seconds"] for sample in samples]
+    middle = {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
+    return {"name": name, **middle, "fastest": min(seconds), "slowest": max(seconds)}
+
+
+def apart(function: Callable, *arguments: Any) -> Any:
+    """``function(*arguments)`` in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_memory(work: Work) -> int:
+    """Most bytes in use during a second run of ``work``.
+
+    On a GPU the memory of the card; on a CPU what this process holds in all: interpreter, libraries, program, arrays.
+    """
+    run, _ = work.make(*work.arguments)
+    if jax.default_backend() == "gpu":
+        run()
+        if work.name.endswith(SEPARATOR + OURS):
+            return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    run()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of compiling
+    run()
+    with suppress(OSError):
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # where there is no /proc: compiling included
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def _copy() -> tuple[Callable[[], Any], Facts]:
+    array = [jnp.ones((64, 2**20))]
+    program = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: new memory costs more than the copy
+
+    def run() -> None:
+        array[0] = jax.block_until_ready(program(array[0]))
+
+    return run, {"bytes": 2.0 * array[0].nbytes}
+
+
+def _product() -> tuple[Callable[[], Any], Facts]:
+    m = jnp.ones((2048, 2048))
+    run, facts = compiled(lambda m: m @ m, m)
+    return run, {"flop": 1e9 * facts["gflop"]}
+
+
+def ceilings() -> dict[str, float]:
+    """This machine's copy bandwidth (GB/s, read plus written) and float32 matrix rate (GFLOP/s)."""
+    copy, product = measure([Work("copy", _copy), Work("product", _product)], 5)
+    return {"copy_gb_per_s": copy["bytes"] / copy["fastest"] / 1e9,
+            "matmul_gflop_per_s": product["flop"] / product["fastest"] / 1e9}  # fmt: skip
+
+
+def result(rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """Everything that ``--json`` writes: rows beside the machine's ceilings, and ratios to the peer."""
+    limits = ceilings()
+    for row in rows:
+        if "gflop" in row:
+            arithmetic = row["gflop"] / limits["matmul_gflop_per_s"]
+            floor = max(arithmetic, row.get("gbytes", 0.0) / limits["copy_gb_per_s"])
+            row |= {"floor_seconds": floor, "floor_share": floor / row["seconds"]}
+    device = jax.devices()[0]
+    return {
+        "command": sys.argv,
+        "device": device.device_kind if device.platform != "cpu" else f"{platform.machine()}, {os.cpu_count()} cores",
+        "jax": jax.__version__,
+        "ceilings": limits,
+        "rows": rows,
+        "ratio_to_peer": ratios(rows),
+        **more,
+    }
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Facts]:
+    """Ours over each peer's, by work and peer: of median time, and of peak memory where it was measured."""
+    named = {row["name"]: row for row in rows}
+    found = {}
+    for name, row in named.items():
+        work, separator, who = name.partition(SEPARATOR)
+        ours = named.get(f"{work}{SEPARATOR}{OURS}")
+        if separator and who != OURS and ours:
+            quantities = [key for key in ("seconds", "cpu_seconds", "peak_memory_gb") if key in row and key in ours]
+            found[f"{work} against {who}"] = {key: ours[key] / row[key] for key in quantities}
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The rows as plain text."""
+    columns = list(dict.fromkeys(key for row in found["rows"] for key in row if key != "name"))
+    width = max(len(row["name"]) for row in found["rows"]) + 2
+    widths = {key: max(len(key), 9) + 3 for key in columns}
+    lines = [" " * width + "".join(f"{key:>{widths[key]}}" for key in columns)]
+    for row in found["rows"]:
+        cells = {key: format(row[key], ".4g") if key in row else "-" for key in columns}
+        lines.append(f"{row['name']:{width}}" + "".join(f"{cells[key]:>{widths[key]}}" for key in columns))
+    for name, ratio in found["ratio_to_peer"].items():
+        lines.append(f"{name}: " + ", ".join(f"{value:.3f} of its {key}" for key, value in ratio.items()))
+    limits = found["ceilings"]
+    lines.append(f"{found['device']}, jax {found['jax']}: copies {limits['copy_gb_per_s']:.1f} GB/s, multiplies "
+                 f"{limits['matmul_gflop_per_s']:.0f} GFLOP/s in float32")
+    return "\n".join(lines)

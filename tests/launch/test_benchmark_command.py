@@ -1,0 +1,143 @@
+"""The benchmark command: what it counts, what it compares, and how it is typed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "launch"))
+from benchmarks import data, timing, traffic  # noqa: E402
+
+
+def moved(function, *arguments):
+    return traffic.moved_bytes(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def test_a_fused_pass_reads_and_writes_its_array_once():
+    x = jnp.ones((64, 1024))
+    assert moved(lambda x: jnp.sin(x) * 2 + 1, x) == 2 * x.nbytes
+
+
+def test_a_product_reads_both_factors_and_writes_the_result():
+    a, b = jnp.ones((32, 64)), jnp.ones((64, 16))
+    assert moved(lambda a, b: a @ b, a, b) == a.nbytes + b.nbytes + 4 * 32 * 16
+
+
+def test_a_loop_counts_as_often_as_it_runs_and_reads_the_slices_it_cuts():
+    x = jnp.ones((128, 1024))
+
+    def by_rows(x):
+        return jax.lax.map(lambda row: jnp.cumsum(jnp.sin(row)), x)
+
+    whole = x.nbytes
+    counted = moved(by_rows, x)
+    assert 2 * whole <= counted < 60 * whole  # 128 times the whole array would be above 128
+    longer = moved(by_rows, jnp.ones((256, 1024)))
+    assert longer == pytest.approx(2 * counted, rel=0.02)
+
+
+def test_the_dearest_branch_counts():
+    x = jnp.ones((64, 64))
+
+    def either(i, x, y):
+        return jax.lax.cond(i > 0, lambda x, y: x @ y, lambda x, y: jnp.sin(x), x, y)
+
+    assert 3 * x.nbytes <= moved(either, 1, x, x) < 3 * x.nbytes + 100
+
+
+def test_text_without_an_entry_is_refused():
+    with pytest.raises(ValueError, match="no entry computation"):
+        traffic.moved_bytes("HloModule empty")
+
+
+def sleeping(seconds):
+    return (lambda: jax.block_until_ready(seconds)), {"windows": 3}
+
+
+def test_ratios_are_ours_over_each_peer_of_the_same_work():
+    rows = [
+        {"name": "step: ours", "seconds": 2.0, "peak_memory_gb": 1.0, "gflop": 3},
+        {"name": "step: torch", "seconds": 8.0, "peak_memory_gb": 4.0},
+        {"name": "step: torch compiled", "seconds": 4.0},
+        {"name": "volume: torch", "seconds": 1.0},
+        {"name": "copy", "seconds": 1.0},
+    ]
+    assert timing.ratios(rows) == {
+        "step against torch": {"seconds": 0.25, "peak_memory_gb": 0.25},
+        "step against torch compiled": {"seconds": 0.5},
+    }
+
+
+def test_rows_hold_medians_spread_and_facts():
+    (row,) = timing.measure([timing.Work("step: ours", sleeping, (1.0,))], 3)
+    assert row["fastest"] <= row["seconds"] <= row["slowest"] and row["windows"] == 3
+    assert timing.medians("a", [{"seconds": s} for s in (5.0, 1.0, 2.0)]) == {
+        "name": "a", "seconds": 2.0, "fastest": 1.0, "slowest": 5.0}  # fmt: skip
+
+
+def allocating(megabytes):
+    return (lambda: np.ones((megabytes, 2**20), np.uint8).sum()), {}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of one run are known on Linux alone")
+def test_peak_memory_is_that_of_one_run():
+    small, large = (timing.peak_memory(timing.Work("array", allocating, (size,))) for size in (1, 400))
+    assert 350 * 2**20 < large - small < 450 * 2**20
+
+
+def test_crops_per_second_are_counted_per_crop(tmp_path):
+    row = data.row(data.noise_store(tmp_path / "store", n_cases=1), 16, batch=4, threads=0, workers=0, repeats=1)
+    assert row["name"] == "crop of 16^3 x 4"
+    assert row["crops_per_second"] == 1 / row["seconds"] and row["crops_per_second_and_core"] == 1 / row["cpu_seconds"]
+    assert data.demand(4, 2.0)["crops_per_second"] == 2
+
+
+def benchmark(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.run([sys.executable, str(ROOT / "launch" / "benchmark.py"), *map(str, arguments)],
+                          capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)  # fmt: skip
+
+
+def test_depthwise_prints_a_table_and_writes_json(tmp_path):
+    done = benchmark("depthwise", "--size=16", "--channels=2", "--repeats=1", f"--json={tmp_path / 'found.json'}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["rows"][0]["name"] == "copy" and found["ceilings"]["copy_gb_per_s"] > 0
+    assert len(found["rows"]) == 1 + 3 * 3
+    for row in found["rows"]:
+        assert row["name"] in done.stdout
+        assert row["floor_share"] == pytest.approx(row["floor_seconds"] / row["seconds"])
+    assert found["ratio_to_peer"] == {}
+
+
+def test_help_tells_what_each_command_does():
+    done = benchmark("--help")
+    assert done.returncode == 0
+    for name in ("step", "peft", "depthwise", "data", "predict", "compile"):
+        assert re.search(rf"^    {name}\s", done.stdout, re.MULTILINE)
+    assert "--volume" in benchmark("predict", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ((), "error: the following arguments are required: COMMAND; see benchmark.py --help"),
+        (("speed",), "invalid choice: 'speed'"),
+        (("step", "--volume=1,2,3"), "unrecognized arguments: --volume=1,2,3"),
+        (("step", "--size=0"), "0 is no whole number of at least 1"),
+        (("predict", "--volume=240"), "give three sizes, like 240,240,155"),
+        (("data", "--store=nowhere"), "nowhere: the store is not there"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line(arguments, line):
+    done = benchmark(*arguments)
+    assert done.returncode == 1
+    assert line in done.stderr and done.stderr.count("\n") == 1
