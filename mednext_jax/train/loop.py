@@ -104,7 +104,8 @@ class Run:
         self.frozen = devices.replicate(mesh, self.parts.frozen)
         self.feed = Feed(data.stream, mesh)
         self.position = data.stream.get_state()
-        self.pending: deque[tuple[int, list[str], dict[str, jax.Array]]] = deque()
+        self.running: deque[jax.Array] = deque()  # the loss of each step that may still be at work
+        self.unread: list[tuple[int, list[str], dict[str, Any]]] = []  # metrics still on the device
 
     def to_the_end(self, stop: preemption.StopRequests) -> dict[str, Any]:
         """Steps, log lines, validations and checkpoints until the last step or early stopping."""
@@ -146,27 +147,38 @@ class Run:
         return compiled
 
     def advance(self) -> None:
-        """Dispatches one step, reads the next batch while it runs, and looks at the step before the last."""
-        fed = self.feed.take()
-        rate = self.schedule(self.step) * self.plateau.scale
-        learning_rate = devices.replicate(self.mesh, np.float32(rate))
-        with jax.transfer_guard("disallow"):
-            self.state, metrics = self.compiled(self.state, self.frozen, fed.arrays, learning_rate)
-        self.step, self.position = self.step + 1, fed.position
-        self.pending.append((self.step, fed.case_ids, {**metrics, "learning_rate": rate}))
-        if self.step < self.total_steps:
-            self.feed.prefetch()
-        self.collect(STEPS_IN_FLIGHT)
+        """Dispatches one step and reads the next batch while it runs.
 
-    def collect(self, left: int = 0) -> None:
-        """Fetches the metrics of all steps but the ``left`` newest.
+        Nothing but batches and learning rates goes to the devices here, and nothing comes back.
+        """
+        with jax.transfer_guard("disallow"):
+            fed = self.feed.take()
+            rate = self.schedule(self.step) * self.plateau.scale
+            learning_rate = devices.replicate(self.mesh, np.float32(rate))
+            self.state, metrics = self.compiled(self.state, self.frozen, fed.arrays, learning_rate)
+            self.step, self.position = self.step + 1, fed.position
+            self.running.append(metrics["loss"])
+            self.unread.append((self.step, fed.case_ids, {**metrics, "learning_rate": rate}))
+            if self.step < self.total_steps:
+                self.feed.prefetch()
+            self.wait(STEPS_IN_FLIGHT)
+
+    def wait(self, left: int = 0) -> None:
+        """Until all steps but the ``left`` newest are done."""
+        while len(self.running) > left:
+            self.running.popleft().block_until_ready()
+            self.log.tick()
+
+    def collect(self) -> None:
+        """Fetches the metrics of all steps since the last time.
 
         Raises: Diverged if more than ``max_bad_steps`` were not finite.
         """
-        while len(self.pending) > left:
-            step, case_ids, metrics = self.pending.popleft()
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            self.log.tick()
+        self.wait()
+        unread, self.unread = self.unread, []
+        fetched = jax.device_get([metrics for _, _, metrics in unread])
+        for (step, case_ids, _), metrics in zip(unread, fetched, strict=True):
+            values = {name: float(value) for name, value in metrics.items()}
             if not values.pop("bad"):
                 self.progress.window.append(values)
                 continue
