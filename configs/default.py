@@ -116,6 +116,7 @@ def _optim() -> ConfigDict:
             plateau_patience=5,
             clip_norm=1.0,  # 0: none
             accumulate=1,  # micro-batches that a batch is cut into, to save memory
+            shard_state=False,  # split the optimizer's state over the devices: less memory, the same result
             ema_decay=0.0,  # 0: none; else validation and the saved model use the average
             groups=(),  # ((regex on the path, learning-rate factor, weight-decay factor), ...)
             layer_decay=1.0,  # learning-rate factor per stage of distance from the last head

@@ -19,7 +19,7 @@ from mednext_jax.train.checkpoints import Checkpoints
 from mednext_jax.train.feed import Feed
 from mednext_jax.train.logging import VALIDATION, RunLog
 from mednext_jax.train.schedules import Plateau, make_schedule
-from mednext_jax.train.step import TrainState, compile_step, evaluated
+from mednext_jax.train.step import TrainState, compile_step, evaluated, state_shardings
 
 STEPS_IN_FLIGHT = 2  # dispatched ahead: the device never waits, and inputs and messages stay few
 CHECKPOINTS = "checkpoints"
@@ -100,7 +100,9 @@ class Run:
         for line in (*report, peft.summary(peft.merge_trees(self.parts.trainable, self.parts.frozen),
                                            self.parts.method.rule)):  # fmt: skip
             self.log.say(line)
-        self.state: TrainState = devices.replicate(mesh, state)
+        self.shard_optimizer = config["optim"]["shard_state"]
+        shardings = state_shardings(mesh, state, self.shard_optimizer)
+        self.state: TrainState = devices.place(state, shardings)
         self.frozen = devices.replicate(mesh, self.parts.frozen)
         self.feed = Feed(data.stream, mesh)
         self.position = data.stream.get_state()
@@ -137,7 +139,9 @@ class Run:
         """The compiled step; says how long it took and what it costs."""
         started = time.monotonic()
         batch = experiment.batch_shapes(self.config, len(self.data.contract.channels))
-        compiled = compile_step(self.parts.step, self.mesh, self.state, self.frozen, batch)
+        compiled = compile_step(
+            self.parts.step, self.mesh, self.state, self.frozen, batch, self.shard_optimizer
+        )
         costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
         self.log.say(
             f"compiled in {time.monotonic() - started:.1f} s for {self.mesh.devices.size} "

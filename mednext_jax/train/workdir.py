@@ -18,7 +18,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 # Fields that do not change what a run computes (or only where it reads from): a resumed run may change them.
 FREE = (
-    "log_every", "checkpoint_every", "resume_step", "n_devices", "max_bad_steps",
+    "log_every", "checkpoint_every", "resume_step", "n_devices", "max_bad_steps", "optim.shard_state",
     "data.root", "data.store", "data.workers", "data.threads", "data.buffer",
 )  # fmt: skip
 

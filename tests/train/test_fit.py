@@ -133,6 +133,22 @@ def test_run_stopped_during_validation_validates_that_step_when_it_goes_on(
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["then split", "split first"])
+def test_checkpoints_with_split_and_replicated_optimizer_state_are_the_same_files(
+    straight, config, open_data, tmp_path, first
+):
+    config.optim.shard_state = first
+    data = open_data(config, wrap=lambda s: Watched(s, 3, lambda batch: signal.raise_signal(signal.SIGTERM)))
+    with pytest.raises(Interrupted):
+        loop.fit(config, data, tmp_path)
+    config.optim.shard_state = not first
+    loop.fit(config, open_data(config), tmp_path)
+    for here, there in zip(records(tmp_path), records(straight), strict=True):
+        assert here.keys() == there.keys()
+        for name, value in here.items():
+            assert value == pytest.approx(there[name], abs=1e-5), name
+
+
 @pytest.mark.parametrize(
     ("section", "field", "value"),
     [("data", "batch_size", 8), ("optim", "peak_lr", 0.5), ("loss", "batch_dice", False)],

@@ -35,7 +35,7 @@ def batches(n, size=8, bad=None):
 
 
 def train(data, n_devices=1, trainable=("stem/kernel", "out_0/kernel"), augment=None, batch_dice=True,
-          ema_decay=0.0, accumulate=1, **optim):  # fmt: skip
+          ema_decay=0.0, accumulate=1, shard=False, **optim):  # fmt: skip
     """Runs the compiled step over ``data``; returns the last state on the host and each step's metrics."""
     config = {**OPTIM, **optim}
     params = parameters()
@@ -48,8 +48,9 @@ def train(data, n_devices=1, trainable=("stem/kernel", "out_0/kernel"), augment=
     pure = step.make_train_step(forward, loss, tx, augment, accumulate, ema_decay)
     mesh = devices.make_mesh(n_devices)
     state = devices.to_host(step.init_state(params, tx, seed=5, use_ema=ema_decay > 0))
-    compiled = step.compile_step(pure, mesh, state, frozen, data[0])
-    state, frozen = devices.replicate(mesh, (state, frozen))
+    compiled = step.compile_step(pure, mesh, state, frozen, data[0], shard)
+    state = devices.place(state, step.state_shardings(mesh, state, shard))
+    frozen = devices.replicate(mesh, frozen)
     metrics = []
     with jax.transfer_guard("disallow"):
         for batch in data:
@@ -74,6 +75,38 @@ def test_one_and_four_devices_give_the_same_losses_and_parameters():
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
     for path in one.trainable:
         np.testing.assert_allclose(one.trainable[path], four.trainable[path], atol=1e-6)
+
+
+def test_split_optimizer_state_trains_like_a_replicated_one():
+    data = batches(5)
+    whole, whole_metrics = train(data, n_devices=2, name="adamw", weight_decay=0.1)
+    split, split_metrics = train(data, n_devices=2, name="adamw", weight_decay=0.1, shard=True)
+    for a, b in zip(whole_metrics, split_metrics, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_split_optimizer_state_lies_in_slices_on_the_devices_and_stays_there():
+    tx = optimizer.make_optimizer({**OPTIM, "name": "adamw"}, parameters())
+    state = devices.to_host(step.init_state(parameters(), tx, seed=5, use_ema=False))
+    mesh = devices.make_mesh(2)
+    placed = devices.place(state, step.state_shardings(mesh, state, shard_optimizer=True))
+    sizes = {leaf.shape: leaf.addressable_shards[0].data.shape for leaf in jax.tree.leaves(placed.optimizer)}
+    assert sizes == {(): (), (6,): (3,), (4, 6): (4, 3), (6, 3): (3, 3)}  # largest axis that 2 divides
+    assert all(leaf.sharding.is_fully_replicated for leaf in placed.trainable.values())
+    for a, b in zip(jax.tree.leaves(devices.to_host(placed)), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    def plain(state, frozen, batch, rate):
+        return state, {"loss": rate}
+
+    bytes_held = [
+        step.compile_step(plain, mesh, state, {}, batches(1)[0], shard).memory_analysis().argument_size_in_bytes
+        for shard in (False, True)
+    ]
+    moments = 2 * 4 * (6 + 4 * 6 + 6 * 3)  # two float32 per parameter, half of them on each device
+    assert bytes_held[0] - bytes_held[1] == moments // 2
 
 
 def test_repeating_a_run_gives_the_same_bits():
