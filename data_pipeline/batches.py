@@ -69,6 +69,7 @@ class CutBatch:
             "label": label,
             "case_id": np.array([plan.case_id for plan in mine]),
             "index": np.array([plan.index for plan in mine], np.int64),
+            "batch_case_id": np.array([plan.case_id for plan in plans]),
         }
 
     def _fill(self, plan: Plan, image: np.ndarray, label: np.ndarray) -> None:

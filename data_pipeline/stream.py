@@ -149,7 +149,7 @@ def make_stream(
 
     Returns:
       Iterator of {"image": (B, D, H, W, C) float32, "label": (B, D, H, W) int32, "case_id": (B,) str,
-      "index": (B,) int64 global sample index}.
+      "index": (B,) int64 global sample index, "batch_case_id": (batch_size,) str, of all shards}.
 
     Raises:
       ValueError: names the argument or the store, and the remedy.

@@ -9,7 +9,6 @@ Exit codes: 0 finished; 1 an error, told in one line; 75 stopped by SIGTERM or S
 both after saving: the same command goes on.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -31,25 +30,32 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESS_COUNT = flags.DEFINE_integer("process_count", 0, "With --coordinator: how many processes there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: which one this is, from 0.")
-DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
+DETERMINISTIC_COST = (
+    "config.deterministic: on a GPU XLA may use only kernels that give the same bits every time, and does not "
+    "choose among them by timing: steps take longer, with convolutions most; on a CPU it changes nothing"
+)
 
 
 def run(config, workdir: str) -> dict:
     """Trains; returns what ``train.loop.fit`` returns."""
+    from mednext_jax.train import devices
+
     if config.deterministic:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAG}".strip()
+        devices.make_deterministic()
+        print(DETERMINISTIC_COST, flush=True)
+    import processes
     import training_data  # its imports take seconds: not before the flags were checked
 
-    from mednext_jax.train import devices, experiment, loop
+    from mednext_jax.train import experiment, loop
     from mednext_jax.train.workdir import plain
 
     experiment.check_config(plain(config))  # a typo is told before a cohort is preprocessed
-    devices.join_processes(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value)
-    data = training_data.open_data(config, workdir)
-    try:
-        return loop.fit(config, data, workdir)
-    finally:
-        data.stream.close()
+    with processes.joined(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value):
+        data = training_data.open_data(config, workdir)
+        try:
+            return loop.fit(config, data, workdir)
+        finally:
+            data.stream.close()
 
 
 def main(_) -> int:

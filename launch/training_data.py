@@ -41,6 +41,11 @@ def open_stores(config: Mapping[str, Any], workdir: str | Path) -> list[Store]:
         if not (Path(store) / "dataset.json").is_file():
             if not Path(root).is_dir():
                 raise FileNotFoundError(f"config.data.root={root} does not exist; {NO_DATA}")
+            if jax.process_count() > 1:
+                raise FileNotFoundError(
+                    f"{root} is not preprocessed, and several processes must not do it at once: run python "
+                    f"launch/preprocess.py --input={root} --output={store}, then the same command again"
+                )
             print(f"preprocessing {root} into {store} (once)", flush=True)
             preprocess.preprocess(root, store)
     return [Store(store) for store in stores]

@@ -79,7 +79,7 @@ def _begin_anew(config: Mapping, data: experiment.Data, folder: Path, mesh: jax.
     if jax.process_index() == 0:
         modeldir.save_model(folder / BASE, info, start.params)
         workdir.write_json(folder / workdir.CONFIG_FILE, config)
-        workdir.write_json(folder / workdir.ENVIRONMENT_FILE, workdir.environment())
+        workdir.write_json(folder / workdir.ENVIRONMENT_FILE, workdir.environment() | _described(data))
     return Beginning(parts, experiment.initial_state(config, parts), Progress(base_hash), start.report)
 
 
@@ -104,5 +104,11 @@ def _resume(
     checkpoints.discard_after(step)
     if jax.process_index() == 0:
         workdir.write_json(folder / workdir.CONFIG_FILE, config)
-        workdir.write_json(folder / workdir.ENVIRONMENT_FILE, workdir.environment())
+        workdir.write_json(folder / workdir.ENVIRONMENT_FILE, workdir.environment() | _described(data))
     return Beginning(parts, state, progress, [f"resumed {folder} at step {step}"])
+
+
+def _described(data: experiment.Data) -> dict[str, Any]:
+    """The data by name and hashes: all of the stream's state but the position."""
+    state = {name: value for name, value in data.stream.get_state().items() if name != "next_index"}
+    return {"data": {"name": data.name, **state}}

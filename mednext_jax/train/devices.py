@@ -12,8 +12,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 Tree = Any
 
 
-# Variables that launchers set to the number of tasks: SLURM's srun and Open MPI's mpirun.
-LAUNCHER_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# Variables that launchers set to the number of tasks: SLURM's srun (not sbatch: its script is one process) and
+# Open MPI's mpirun.
+LAUNCHER_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
+JOIN_SECONDS = 300  # longest wait for all processes to be there
+HEARTBEAT_SECONDS = 60  # a process that was silent for so long is lost
 
 
 def join_processes(coordinator: str = "", process_count: int = 0, process_id: int = -1) -> None:
@@ -29,9 +33,35 @@ def join_processes(coordinator: str = "", process_count: int = 0, process_id: in
                 f"--coordinator needs --process_count (it is {process_count}) and --process_id, from 0 to "
                 f"one less (it is {process_id})"
             )
-        jax.distributed.initialize(coordinator, process_count, process_id)
+        place = {"coordinator_address": coordinator, "num_processes": process_count, "process_id": process_id}
     elif any(int(os.environ.get(name) or 1) > 1 for name in LAUNCHER_SIZES):
-        jax.distributed.initialize()
+        place = {}
+    else:
+        return
+    try:
+        jax.distributed.initialize(
+            **place, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
+    except RuntimeError as error:  # JAX's own errors are RuntimeErrors
+        first_line = (str(error).splitlines() or [""])[0][:200]
+        raise OSError(
+            f"the processes of this run did not find each other ({first_line}): start as many as asked for, "
+            "within five minutes, and check that the first one's host and port can be reached"
+        ) from error
+
+
+def make_deterministic() -> None:
+    """Asks XLA for GPU kernels that give the same bits every time; before any device is touched."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAG}".strip()
+
+
+def check_deterministic() -> None:
+    """Raises ValueError if a GPU is used and XLA was not asked, or no longer could be."""
+    if jax.default_backend() == "gpu" and DETERMINISTIC_FLAG not in os.environ.get("XLA_FLAGS", ""):
+        raise ValueError(
+            f"config.deterministic needs XLA_FLAGS={DETERMINISTIC_FLAG} in the environment before JAX starts; "
+            "launch/train.py sets it by itself"
+        )
 
 
 def make_mesh(n_devices: int = 0) -> Mesh:

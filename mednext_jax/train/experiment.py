@@ -24,8 +24,9 @@ class Data:
     """What a run trains and validates on.
 
     Attributes:
-      stream: endless batches ``{"image" (B, D, H, W, C), "label" (B, D, H, W) int32, "case_id"}`` of
-        this process; its ``get_state()`` is JSON, its ``set_state`` refuses a state of other data.
+      stream: endless batches ``{"image" (B, D, H, W, C), "label" (B, D, H, W) int32, "batch_case_id"}``:
+        this process's rows, but the ids of the whole batch; its ``get_state()`` is JSON, its ``set_state``
+        refuses a state of other data.
       contract: channels, normalisation, label scheme and regions.
       validation: case ids.
       load: case id -> image (D, H, W, C), label (D, H, W).

@@ -14,7 +14,7 @@ class Fed(NamedTuple):
 
     Attributes:
       arrays: ``image`` and ``label``, global arrays split over the mesh.
-      case_ids: the cases this process contributed, for messages.
+      case_ids: the cases of the whole batch, all processes' rows in order, for messages.
       position: the stream's state after this batch: where to go on once it was used.
     """
 
@@ -36,7 +36,7 @@ class Feed:
         if self._next is None:
             batch = next(self._stream)
             arrays = devices.shard_batch(self._mesh, {name: batch[name] for name in ("image", "label")})
-            self._next = Fed(arrays, [str(case) for case in batch["case_id"]], self._stream.get_state())
+            self._next = Fed(arrays, [str(case) for case in batch["batch_case_id"]], self._stream.get_state())
 
     def take(self) -> Fed:
         """The next batch."""

@@ -47,11 +47,14 @@ def fit(config: Any, data: experiment.Data, folder: str | Path) -> dict[str, Any
     """
     config, folder = workdir.plain(config), Path(folder)
     experiment.check_config(config)
+    if config["deterministic"]:
+        devices.check_deterministic()
     mesh = devices.make_mesh(config["n_devices"])
     devices.check_batch_size(config["data"]["batch_size"], config["optim"]["accumulate"], mesh)
     lock = workdir.Lock(folder) if jax.process_index() == 0 else None
     try:
         checkpoints = Checkpoints(folder / CHECKPOINTS)
+        workdir.check_shared(folder)
         try:
             with preemption.StopRequests() as stop:
                 run = Run(

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+LOCK_FILE = ".lock"
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mednext-jax")
@@ -45,7 +46,7 @@ class Lock:
     def __init__(self, workdir: Path):
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            self._file = open(workdir / ".lock", "w")  # noqa: SIM115 (held open)
+            self._file = open(workdir / LOCK_FILE, "w")  # noqa: SIM115 (held open)
         except OSError as error:
             raise OSError(
                 f"cannot write to the workdir {workdir} ({error}): choose another --workdir"
@@ -61,6 +62,15 @@ class Lock:
     def release(self) -> None:
         """Lets others in."""
         self._file.close()
+
+
+def check_shared(workdir: Path) -> None:
+    """Raises OSError if another process than the first does not see the lock that the first one took."""
+    if not (workdir / LOCK_FILE).exists():
+        raise OSError(
+            f"process {jax.process_index()} does not see the workdir {workdir} of process 0: all processes "
+            "need the same --workdir, on a disk that their machines share"
+        )
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
