@@ -119,8 +119,13 @@ def test_threads_do_not_change_the_stream(seven, threads):
 @pytest.mark.parametrize("count", [2, 4])
 def test_shards_together_are_the_global_batch_in_its_order(seven, count):
     shards = [take(3, seven, shard_index=index, shard_count=count) for index in range(count)]
+    whole = take(3, seven)
+    for k, batch in enumerate(whole):
+        for shard in shards:  # every shard knows the ids of the whole batch
+            np.testing.assert_array_equal(shard[k].pop("batch_case_id"), batch["case_id"])
+        batch.pop("batch_case_id")
     joined = [{name: np.concatenate([s[k][name] for s in shards]) for name in shards[0][0]} for k in range(3)]
-    assert_same(joined, take(3, seven))
+    assert_same(joined, whole)
 
 
 def test_state_continues_exactly_with_other_threads_and_shards(seven):
@@ -135,6 +140,8 @@ def test_state_continues_exactly_with_other_threads_and_shards(seven):
             stream.set_state(state)
             ours = [next(stream) for _ in range(3)]
         rows = slice(2 * shard, 2 * shard + 2)
+        for batch in ours:
+            batch.pop("batch_case_id")
         assert_same(ours, [{name: batch[name][rows] for name in batch} for batch in expected[3:]])
 
 

@@ -185,7 +185,7 @@ def poison(batch):
 
 def test_bad_batch_stops_the_run_naming_step_and_cases(config, open_data, tmp_path):
     seen = []
-    data = open_data(config, wrap=lambda s: Watched(s, 4, lambda b: seen.extend(b["case_id"]) or poison(b)))
+    data = open_data(config, wrap=lambda s: Watched(s, 4, lambda b: seen.extend(b["batch_case_id"]) or poison(b)))
     with pytest.raises(loop.Diverged) as error:
         loop.fit(config, data, tmp_path)
     assert "step 5: loss nan" in str(error.value)
