@@ -118,18 +118,20 @@ def ssf(scope: str = "layer", targets: Targets | None = None) -> Parts:
 
 @method
 def lora(
-    rank: int = 8, alpha: float | None = None, layers: Targets = ("conv2", "conv3"), targets: Targets = "all"
+    rank: int = 8, alpha: float | None = None, layers: Targets | None = None, targets: Targets = "all"
 ) -> Parts:
     """A low-rank update of the blocks' 1x1 convolutions.
 
     The update is ``alpha / rank * A B`` with B = 0 at the start; ``alpha`` defaults to ``rank``. ``layers``
     are names of layers: conv1 (the depthwise kernel, as a matrix of taps x channels), conv2, conv3, res_conv,
-    stem, conv_out.
+    stem, conv_out. None: conv2 and conv3, and where ``targets`` names the stem or a head, its convolution.
     """
     _at_least("rank", rank, 1)
     alpha = float(rank if alpha is None else alpha)
     if alpha <= 0:
         raise ValueError(f"alpha must be above 0, got {alpha}")
+    if layers is None:
+        layers = ("conv2", "conv3") if targets == "all" else ("conv2", "conv3", "stem", "conv_out")
     names = tuple(layers.split(",")) if isinstance(layers, str) else tuple(layers)
     for name in names or ("",):
         _one_of("layers", name, ("conv1", "conv2", "conv3", "res_conv", "stem", "conv_out"))

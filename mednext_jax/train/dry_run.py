@@ -1,52 +1,55 @@
 """What a config would train and cost, beside full fine-tuning, before anyone waits for a night."""
 
-from collections.abc import Mapping
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from mednext_jax import modeldir, peft
+from mednext_jax import peft
 from mednext_jax.nn.mednext import MedNeXt, parameter_shapes
 from mednext_jax.train import experiment, network
 
 TIMED_STEPS = 3
-
-
-def planned_model(config: Mapping[str, Any]) -> MedNeXt:
-    """The network that a run would start from, without its parameters and without data.
-
-    Raises: ValueError or FileNotFoundError if ``init_from`` and the config do not fit.
-    """
-    options = network.compute_options(config) | {"deep_supervision": config["model"]["deep_supervision"]}
-    if config["init_from"]:
-        return modeldir.load_info(config["init_from"]).network(**options)
-    if not config["model"]["variant"]:
-        raise ValueError("config.model.variant and config.init_from are both empty: set one of them")
-    n_classes = 3 if config["model"]["output"] == "regions" else 4
-    return MedNeXt(n_classes=n_classes, **{"kernel_size": 3, **network.wanted_arguments(config)}, **options)
+CPU_VOXELS = 64**3  # a CPU takes minutes for a step of 128^3, and more memory than most have
 
 
 def report(config: Mapping[str, Any]) -> str:
     """The parameter summary of the config's method and a table of costs: full fine-tuning, then the method.
 
-    The memory is the compiled step's for this machine; step times are measured on a GPU only.
+    Memory and time are those of the compiled step on this machine. A CPU times larger steps on a smaller patch and
+    scales them by their arithmetic; the report says so.
+
+    Raises: ValueError or FileNotFoundError if method, ``init_from`` and config do not fit, as a run would.
     """
     experiment.check_config(config)
-    model, method = planned_model(config), experiment.method_of(config)
-    adapted = model.clone(adapters=method.adapters)
+    method = experiment.method_of(config)
+    model, new = network.planned(config)
+    shapes = parameter_shapes(model.clone(adapters=method.adapters))
+    _, frozen = peft.split(shapes, method.rule)
+    network.check_new_are_trained(method, new, frozen)
     rows = [peft.create("full")] + ([method] if method.name != "full" else [])
-    costs = peft.costs(
-        rows,
-        model,
-        config["data"]["patch_voxels"],
-        config["data"]["batch_size"],
-        compiled=True,
-        timed_steps=TIMED_STEPS if jax.default_backend() == "gpu" else 0,
-    )
-    head = (
-        f"{method.name} on {config['init_from'] or 'a new network'}, batch {config['data']['batch_size']} of "
-    )
-    head += (
-        "x".join(map(str, config["data"]["patch_voxels"])) + f", compiled for {jax.devices()[0].device_kind}"
-    )
-    return "\n".join([head, peft.summary(parameter_shapes(adapted), method.rule), "", peft.markdown(costs)])
+    batch_size, patch = config["data"]["batch_size"], tuple(config["data"]["patch_voxels"])
+    costs, timed_on = _costs(rows, model, patch, batch_size)
+    head = f"{method.name} on {config['init_from'] or 'a new network'}, batch {batch_size} of "
+    head += "x".join(map(str, patch)) + f", compiled for {jax.devices()[0].device_kind}"
+    if timed_on != (batch_size, patch):
+        head += f"; step time scaled from batch {timed_on[0]} of {'x'.join(map(str, timed_on[1]))}"
+    return "\n".join([head, peft.summary(shapes, method.rule), "", peft.markdown(costs)])
+
+
+def _costs(
+    methods: Sequence[peft.Method], model: MedNeXt, patch: tuple[int, ...], batch_size: int
+) -> tuple[list[peft.Cost], tuple[int, tuple[int, ...]]]:
+    """The cost of each method, and the (batch, patch) on which its time was taken."""
+    if jax.default_backend() != "cpu" or batch_size * math.prod(patch) <= CPU_VOXELS:
+        return peft.costs(methods, model, patch, batch_size, timed_steps=TIMED_STEPS), (batch_size, patch)
+    small = tuple(min(size, 64) for size in patch)
+    whole = peft.costs(methods, model, patch, batch_size, compiled=True)
+    timed = peft.costs(methods, model, small, 1, timed_steps=TIMED_STEPS)
+    scaled = [
+        dataclasses.replace(cost, step_seconds=part.step_seconds * cost.step_flops / part.step_flops)
+        for cost, part in zip(whole, timed, strict=True)
+    ]
+    return scaled, (1, small)

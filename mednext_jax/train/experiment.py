@@ -115,13 +115,7 @@ def build(config: Mapping[str, Any], start: network.Start, mesh: jax.sharding.Me
     method_key = jax.random.fold_in(jax.random.key(config["seed"]), 1)
     model, params = method.apply_to(base_model, start.params, method_key)
     trainable, frozen = peft.split(params, method.rule)
-    stuck = sorted(start.new & frozen.keys())
-    if stuck:
-        raise ValueError(
-            f"config.peft.method={method.name} does not train {stuck[0]}, which was not loaded: it would "
-            f"stay random; add the heads (config.peft.method={method.name}+head) or set "
-            "config.model.deep_supervision=False"
-        )
+    network.check_new_are_trained(method, start.new, frozen)
     added = {path for path in trainable if path not in paths.flatten(start.params)}
     if method.fresh is not None:
         added |= peft.split(params, method.fresh)[0].keys()

@@ -136,10 +136,46 @@ def _loaded(config: Mapping[str, Any], data: DataContract) -> Start:
     info, params = modeldir.load_model(source)
     try:
         modeldir.check_channels(info, data.channels, data.normalization)
-        _check_architecture(info.kwargs, wanted_arguments(config))
         return _fit(config, data, info, params)
     except ValueError as error:
         raise ValueError(f"config.init_from={source}: {error}") from None
+
+
+def planned(config: Mapping[str, Any]) -> tuple[MedNeXt, frozenset[str]]:
+    """The network that a run would start from, and its parameters that ``init_from`` lacks; no data needed.
+
+    Raises: ValueError or FileNotFoundError if ``init_from`` and the config do not fit.
+    """
+    options = compute_options(config)
+    source = config["init_from"]
+    if not source:
+        if not config["model"]["variant"]:
+            raise ValueError("config.model.variant and config.init_from are both empty: set one of them")
+        n_classes = 3 if config["model"]["output"] == "regions" else 4
+        deep = config["model"]["deep_supervision"]
+        arguments = {"kernel_size": 3, **wanted_arguments(config)}
+        return MedNeXt(n_classes=n_classes, deep_supervision=deep, **arguments, **options), frozenset()
+    info = modeldir.load_info(source)
+    data = DataContract(info.channels, info.normalization, info.label_scheme, info.regions)
+    try:
+        model, _ = _wanted_network(config, data, info)
+    except ValueError as error:
+        raise ValueError(f"config.init_from={source}: {error}") from None
+    kept = set(parameter_shapes(info.network()))
+    if config["init_head"] == "new":
+        kept = {path for path in kept if not path.startswith("out_")}
+    return model.clone(**options), frozenset(parameter_shapes(model).keys() - kept)
+
+
+def check_new_are_trained(method: Any, new: frozenset[str], frozen: Mapping[str, Any]) -> None:
+    """Raises ValueError if ``method`` leaves a parameter frozen that was not loaded: it would stay random."""
+    stuck = sorted(new & frozen.keys())
+    if stuck:
+        raise ValueError(
+            f"config.peft.method={method.name} does not train {stuck[0]}, which was not loaded: it would "
+            f"stay random; add the heads (config.peft.method={method.name}+head) or set "
+            "config.model.deep_supervision=False"
+        )
 
 
 def _check_architecture(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -159,9 +195,14 @@ def _check_architecture(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
             )
 
 
-def _fit(config: Mapping[str, Any], data: DataContract, info: modeldir.ModelInfo, params: Mapping) -> Start:
-    """The loaded parameters with the heads that the config asks for."""
-    new_head = config["init_head"] == "new"
+def _wanted_network(
+    config: Mapping[str, Any], data: DataContract, info: modeldir.ModelInfo
+) -> tuple[MedNeXt, modeldir.ModelInfo]:
+    """The loaded network with the heads that the config asks for, and its description.
+
+    Raises: ValueError if ``config["model"]`` asks for another architecture, or the head for other data.
+    """
+    _check_architecture(info.kwargs, wanted_arguments(config))
     if config["init_head"] not in HEAD_CHOICES:
         raise ValueError(
             f"config.init_head is {config['init_head']!r}; it must be one of {', '.join(HEAD_CHOICES)}"
@@ -172,13 +213,19 @@ def _fit(config: Mapping[str, Any], data: DataContract, info: modeldir.ModelInfo
         wanted.regions,
         wanted.n_outputs,
     )
-    if not same_head and not new_head:
+    if not same_head and config["init_head"] != "new":
         raise ValueError(
             f"its head gives {info.output} {list(info.regions)}, this run needs {wanted.output} "
             f"{list(wanted.regions)}; add --config.init_head=new to start with a new head"
         )
-    deep = config["model"]["deep_supervision"]
-    model = info.network(n_classes=wanted.n_outputs, deep_supervision=deep)
+    model = info.network(n_classes=wanted.n_outputs, deep_supervision=config["model"]["deep_supervision"])
+    return model, wanted
+
+
+def _fit(config: Mapping[str, Any], data: DataContract, info: modeldir.ModelInfo, params: Mapping) -> Start:
+    """The loaded parameters with the heads that the config asks for."""
+    model, wanted = _wanted_network(config, data, info)
+    new_head = config["init_head"] == "new"
     shapes = parameter_shapes(model)
     flat = {path: leaf for path, leaf in paths.flatten(params).items()}
     heads = (ALL_HEADS,) if new_head else (DEEP_HEADS,)

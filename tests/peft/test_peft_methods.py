@@ -40,6 +40,7 @@ COUNTS = [
     ("linear_adapter", {}, 219_952),
     ("paper_sequential", {}, 1_793_472),
     ("paper_parallel", {"legacy": True}, 1_793_472),
+    ("full+head", {"targets": "stem"}, 292),
     ("lora+norm", {}, 210_432 + 8_768),
     ("conv_adapter+linear_adapter+head", {}, 152_112 + 219_952 + 132),
 ]
@@ -73,7 +74,7 @@ def test_summary_prints_the_familiar_line_and_every_stage():
 
 
 def test_methods_reach_stem_resampling_blocks_and_head_by_targets():
-    for name in ("conv_adapter", "linear_adapter", "ssf"):
+    for name in ("conv_adapter", "linear_adapter", "ssf", "lora", "bias", "full"):
         method = peft.create(name, targets="stem,down,up,head")
         trainable, _ = peft.split(adapted_shapes(method.adapters), method.rule)
         assert {path.split("_")[0].split("/")[0] for path in trainable} == {"stem", "down", "up", "out"}
