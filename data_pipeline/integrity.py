@@ -152,6 +152,15 @@ def displacement_mm(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...
 
 def _check_brain(case: Case, found: Examined, report) -> None:
     """Warnings about a case that can be used."""
+    images = list(found.images.values())
+    for number, volume in enumerate(images):
+        first = next((other for other in images[:number] if np.array_equal(other.array, volume.array)), None)
+        if first is not None:
+            files = f"{shown(first.path)} and {shown(volume.path)}"
+            report("identical images", f"{files} hold the same voxels: is one a copy under a wrong name?", warning=True)
+    if found.label is not None and not found.label.any():
+        text = f"{shown(case.segmentation)} holds no tumour voxel: is it the right file?"
+        report("empty segmentation", text, warning=True)
     brain = np.zeros(next(iter(found.images.values())).array.shape, bool)
     for volume in found.images.values():
         brain |= volume.array != 0

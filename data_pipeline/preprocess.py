@@ -31,7 +31,7 @@ def preprocess(
     seed: int = 0,
     val_fraction: float = 0.2,
     test_fraction: float = 0.0,
-    folds: int = 5,
+    folds: int | None = None,
     splits: str | Path | None = None,
     label_map: Mapping[int, int] | None = None,
     skip_bad: bool = False,

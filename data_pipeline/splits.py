@@ -13,6 +13,7 @@ import numpy as np
 from data_pipeline.cohorts import shown
 
 _PARTS = ("train", "val", "test")
+DEFAULT_FOLDS = 5
 
 
 def make_splits(
@@ -21,7 +22,7 @@ def make_splits(
     seed: int = 0,
     val_fraction: float = 0.2,
     test_fraction: float = 0.0,
-    folds: int = 5,
+    folds: int | None = None,
 ) -> dict:
     """Draws named splits and folds.
 
@@ -29,15 +30,16 @@ def make_splits(
       patients: {case id: patient id} of the cases with a segmentation.
       val_fraction, test_fraction: parts of the patients; a fraction above 0 takes at least one patient (val
         first) as long as one is left to train on.
-      folds: number of folds, 0 for none. A cohort with fewer patients than folds gets one fold per patient,
-        and a single patient none.
+      folds: number of folds, 0 for none. None: ``DEFAULT_FOLDS``, or one per patient in a smaller cohort (none for a
+        single patient).
 
     Returns:
       ``{"train": [...], "val": [...], "test": [...], "fold0": {"train": [...], "val": [...]}, ...}``, each
       list sorted. The draw depends on seed and patients alone, not on their order.
 
     Raises:
-      ValueError: fractions outside 0 to 1 or that leave nobody to train on, or folds below 0 or equal to 1.
+      ValueError: fractions outside 0 to 1 or that leave nobody to train on; folds below 0, equal to 1, or more than
+        there are patients outside the test set.
     """
     for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not 0 <= fraction < 1:
@@ -45,7 +47,7 @@ def make_splits(
     if val_fraction + test_fraction >= 1:
         both = f"val_fraction {val_fraction} and test_fraction {test_fraction}"
         raise ValueError(f"{both} leave no case to train on")
-    if folds < 0 or folds == 1:
+    if folds is not None and (folds < 0 or folds == 1):
         raise ValueError(f"folds is {folds}: 0 (none) or at least 2 is needed")
     names = np.array(sorted(set(patients.values())), dtype=object)
     np.random.default_rng(seed).shuffle(names)
@@ -56,7 +58,9 @@ def make_splits(
         part: _cases_of(patients, chosen) for part, chosen in zip(_PARTS, (train, val, test), strict=True)
     }
     rest = names[n_test:]
-    count = min(folds, len(rest))
+    if folds is not None and folds > len(rest):
+        raise ValueError(f"folds is {folds}, but there are {len(rest)} patients to divide: give at most {len(rest)}")
+    count = min(DEFAULT_FOLDS, len(rest)) if folds is None else folds
     for k in range(count if count >= 2 else 0):
         held_out = set(rest[k::count])
         others = set(rest) - held_out

@@ -4,6 +4,7 @@ A launcher ends with ``command.run(main)``. Errors a user can act on (bad input,
 are printed as one line and end the process with code 1; ``--debug`` shows the traceback instead.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -27,8 +28,23 @@ def cache_compilations() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+# What an operating system says in one word, with its remedy: errno -> text after the path.
+_PATH_ERRORS = {
+    errno.ENOTDIR: "part of this path is a file where a folder is needed; give another path, or move the file away",
+    errno.EEXIST: "is a file where a folder is needed; give another path, or move the file away",
+    errno.EISDIR: "is a folder where a file is needed; give the path of a file",
+    errno.EACCES: "permission denied; give a path you may read and write, or change its permissions",
+    errno.EPERM: "permission denied; give a path you may read and write, or change its permissions",
+    errno.EROFS: "lies on a file system that cannot be written; give another path",
+    errno.ENOSPC: "the disk is full; make room or give another path",
+    errno.ENAMETOOLONG: "is too long a name; give a shorter path",
+}
+
+
 def one_line(error: BaseException) -> str:
     """The error as one line without control characters."""
+    if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename:
+        return f"{error.filename}: {_PATH_ERRORS[error.errno]}"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split()) or type(error).__name__
 

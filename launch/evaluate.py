@@ -58,6 +58,9 @@ WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: one per cor
 TOLERANCE = flags.DEFINE_float(
     "affine_tolerance_mm", 0.1, "How far apart the grids of prediction and reference may lie."
 )
+REQUIRE_ALL = flags.DEFINE_bool(
+    "require_all", False, "End with exit code 1, the results written, if a reference has no prediction."
+)
 NOTE = flags.DEFINE_string("note", "", "Line at the top of the report, such as: simulated data.")
 VIEWER_CASES = flags.DEFINE_integer("viewer_cases", 3, "Cases in the 3-D viewer; 0 for none.", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.")
@@ -108,7 +111,9 @@ def with_scheme(folder: cohort.Folder, given: Mapping[str, str], as_is: bool) ->
     if text is None and as_is:
         return folder
     if text is None:
-        text = labelmaps.detect_scheme(str(folder.path), folder.values, labels.SCHEMES, naming)
+        return cohort.relabelled(
+            folder, *labelmaps.detect_scheme(str(folder.path), folder.values, labels.SCHEMES, naming)
+        )
     relabel = labels.SCHEMES.get(text)
     if relabel is None:
         relabel = {0: 0, **labels.parse_label_map(text)}
@@ -131,18 +136,19 @@ def read_folders(workers: int) -> tuple[list[cohort.Folder], cohort.Folder]:
 
 
 def print_result(evaluation: cohort.Evaluation, result: summary.Summary) -> None:
-    """Missing and extra cases, and the mean Dice of every arm and region."""
-    for what, per_arm in (("missing", evaluation.missing), ("extra", evaluation.extra)):
-        for arm, cases in per_arm.items():
-            if cases:
-                print(f"{arm}: {len(cases)} {what} cases: {', '.join(cases)}", file=sys.stderr)
+    """The mean Dice of every arm and region; extra cases, and a banner for missing ones."""
+    for arm, cases in evaluation.extra.items():
+        if cases:
+            print(f"{arm}: {len(cases)} extra cases, without a reference: {', '.join(cases)}", file=sys.stderr)
     for (arm, region, metric), d in result.descriptions.items():
         if metric == "dice":
             interval = f"[{d.low:.3f}, {d.high:.3f}]" if d.n > 1 else "[no interval for n < 2]"
             print(f"{arm:>16} {region:>6} Dice {d.mean:.3f} {interval} n={d.n} undefined={d.n_undefined}")
+    for line in evaluation.incomplete:
+        print(f"WARNING: {line}")
 
 
-def main(_) -> None:
+def main(_) -> int:
     workers = WORKERS.value or os.cpu_count() or 1
     settings = measure.Settings(
         parse_regions(REGIONS.value) if REGIONS.value else labels.REGIONS,
@@ -166,6 +172,10 @@ def main(_) -> None:
     report.write(output, evaluation, result, made, NOTE.value, IMAGES.value, VIEWER_CASES.value)
     print_result(evaluation, result)
     print(f"wrote {', '.join(sorted(p.name for p in output.iterdir() if p.is_file()))} to {output}")
+    if REQUIRE_ALL.value and evaluation.incomplete:
+        print("error: predictions are missing, and --require_all was given", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def main(_) -> int:
     predictor = ensemble.Ensemble(
         members, windows_per_batch=WINDOWS_PER_BATCH.value, accumulate=ACCUMULATE.value, **window
     )
+    prediction.check_data(predictor.info, INPUT.value)
     regions = list(predictor.info.regions)
     rules = PostProcess(
         by_region("thresholds", THRESHOLDS.value, regions),

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline import atomic, cohorts, labels, nifti, preprocess, progress, store_files
-from data_pipeline.store import Store
+from data_pipeline.store import NORMALIZATION, Store
 from mednext_jax import modeldir
 from mednext_jax.infer.postprocess import PostProcess
 
@@ -75,6 +75,15 @@ def find_jobs(path: str | Path) -> tuple[list[Job], dict[str, str]]:
     if not cases and not bad:
         raise ValueError(f"{cohorts.shown(path)}: no case found; files must be named like {cohorts.EXAMPLES}")
     return [Job(case.case_id, functools.partial(preprocess.load_for_prediction, case)) for case in cases], bad
+
+
+def check_data(info: modeldir.ModelInfo, path: str | Path) -> None:
+    """Raise ValueError, once for all cases, unless channels and normalisation of ``path`` are the model's."""
+    if (Path(path) / "dataset.json").is_file():
+        store = Store(path)
+        modeldir.check_channels(info, store.channels, store.normalization)
+    else:
+        modeldir.check_channels(info, cohorts.CHANNELS, NORMALIZATION)
 
 
 def begin(output: str | Path, record: Mapping[str, Any], jobs: Sequence[Job], keep: bool = True) -> None:

@@ -22,7 +22,7 @@ LABEL_MAP = flags.DEFINE_string("label_map", "", "Label values to map, as VALUE:
 SPLITS = flags.DEFINE_string("splits", None, "JSON with your own splits, or nnU-Net's splits_final.json.")
 VAL_FRACTION = flags.DEFINE_float("val_fraction", 0.2, "Part of the patients for validation.")
 TEST_FRACTION = flags.DEFINE_float("test_fraction", 0.0, "Part of the patients for testing.")
-FOLDS = flags.DEFINE_integer("folds", 5, "Folds for cross-validation; 0 for none.")
+FOLDS = flags.DEFINE_integer("folds", None, "Folds for cross-validation; 0: none; default: 5, fewer in tiny cohorts.")
 SEED = flags.DEFINE_integer("seed", 0, "Decides the splits.", lower_bound=0)
 SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave cases with problems out instead of stopping.")
 

@@ -63,6 +63,17 @@ class Evaluation:
     missing: Mapping[str, tuple[str, ...]]
     extra: Mapping[str, tuple[str, ...]]
 
+    @property
+    def incomplete(self) -> list[str]:
+        """One line for people per arm that lacks predictions."""
+        n = len(self.references.files)
+        return [
+            f"{arm} has no prediction for {len(cases)} of {n} reference cases, which are in none of its means: "
+            f"{', '.join(cases)}"
+            for arm, cases in self.missing.items()
+            if cases
+        ]
+
 
 def open_folder(name: str, path: str | Path, workers: int = 1) -> Folder:
     """Finds and inspects the label maps of a folder; the scheme is still open. Raises as `labelmaps` does."""

@@ -157,8 +157,11 @@ def geometry_problem(pred: Inspection, truth: Inspection, tolerance_mm: float) -
 
 def detect_scheme(
     folder: str, values: Mapping[str, Iterable[int]], schemes: Schemes, naming: Callable[[str], str | None]
-) -> str:
-    """Label scheme of a folder, from all values found in it and the cases' names.
+) -> tuple[str, dict[int, int]]:
+    """Label scheme of a folder, from all values found in it and the cases' names, and its {value: label}.
+
+    A folder may mix schemes where the names say so: each case that holds a value of an older scheme must then be
+    named as in it. The schemes are taken together, so they must not give one value two meanings.
 
     Args:
       folder: what to call it in errors.
@@ -173,11 +176,19 @@ def detect_scheme(
     fitting = [name for name, table in schemes.items() if found <= set(table)]
     current = list(schemes)[-1]
     if current in fitting:
-        return current
+        return current, dict(schemes[current])
     known = set(schemes[current])
     odd = [c for c, present in values.items() if not known.issuperset(present)]
-    remedy = ("say what they mean: --labels=NAME=SCHEME, or for a folder of mixed schemes value by value as in "
+    remedy = ("say what they mean: --labels=NAME=SCHEME, or value by value as in "
               "--labels=references=1:1,2:2,3:3,4:3, or give --regions")
+    own = {case: naming(case) for case in odd}
+    if not fitting and all(own[case] in schemes and set(schemes[own[case]]).issuperset(values[case]) for case in odd):
+        tables = [schemes[name] for name in schemes if name == current or name in own.values()]
+        together = {value: label for table in tables for value, label in table.items()}
+        if all(table.items() <= together.items() for table in tables):
+            counts = {name: sum(n == name for n in own.values()) for name in schemes if name != current}
+            parts = [f"{name} in {count} cases" for name, count in counts.items() if count]
+            return f"{current}, {', '.join(parts)}", together
     if not fitting:
         listed = "; ".join(f"{name} has {', '.join(map(str, sorted(t)))}" for name, t in schemes.items())
         strange = f"label values {sorted(found)} fit no scheme (first in case {odd[0]}; {listed})"
@@ -185,4 +196,4 @@ def detect_scheme(
     if named := [c for c in odd if naming(c) == current]:
         strange = f"is named as in {current}, which has no label {sorted(found - known)}"
         raise ValueError(f"{folder}: case {named[0]} {strange}; {remedy}")
-    return fitting[-1]
+    return fitting[-1], dict(schemes[fitting[-1]])

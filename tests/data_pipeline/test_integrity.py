@@ -97,7 +97,7 @@ def test_all_faults_of_a_case_are_reported_together(raw_case):
 
 def test_image_without_background_and_tumour_outside_brain_are_warnings(raw_case):
     full = np.random.default_rng(0).uniform(1, 9, (13, 17, 15)).astype(np.float32)
-    found = examine(raw_case(**dict.fromkeys(("t1n", "t1c", "t2w", "t2f"), full)))
+    found = examine(raw_case(**{name: full * (i + 1) for i, name in enumerate(("t1n", "t1c", "t2w", "t2f"))}))
     assert kinds(found.problems) == ["no background"] and not found.serious
     outside = label(1)
     outside[0, 0, 0] = 2
@@ -128,9 +128,20 @@ def test_check_reports_every_problem_of_every_case_in_one_pass(raw_case, tmp_pat
 
 
 def test_check_accepts_the_values_the_user_maps(raw_case, tmp_path):
-    raw_case(seg=label(4))
+    raw_case(seg=label(1, 4))
     assert integrity.check(tmp_path / "raw", label_map={4: 0}, progress=False) == []
 
 
 def test_check_of_an_empty_folder_is_a_problem(tmp_path):
     assert kinds(integrity.check(tmp_path, progress=False)) == ["no case"]
+
+
+def test_copies_of_a_channel_are_a_warning_that_names_both_files(raw_case):
+    (problem,) = examine(raw_case(t1c=image(), t2f=image())).problems
+    assert problem.warning and problem.kind == "identical images"
+    assert "t1c.nii.gz" in problem.message and "t2f.nii.gz" in problem.message
+
+
+def test_segmentation_without_tumour_is_a_warning(raw_case):
+    (problem,) = examine(raw_case(seg=label())).problems
+    assert problem.warning and problem.kind == "empty segmentation" and "seg.nii.gz" in problem.message

@@ -120,3 +120,8 @@ def test_wrong_files_are_refused_in_one_line(tmp_path, content, words):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.json: no such file"):
         read_splits(tmp_path / "nowhere.json", COHORT)
+
+
+def test_more_folds_than_patients_are_refused():
+    with pytest.raises(ValueError, match="folds is 100, but there are 2 patients to divide: give at most 2"):
+        make_splits({"a": "a", "b": "b"}, folds=100, val_fraction=0)

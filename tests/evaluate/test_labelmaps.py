@@ -121,9 +121,31 @@ def test_geometry_problems_are_told_apart(tmp_path, labels):
 
 def test_scheme_is_detected_from_values():
     none = {}.get
-    assert labelmaps.detect_scheme("f", {"a": (0, 1, 2), "b": (0, 3)}, SCHEMES, none) == "new"
-    assert labelmaps.detect_scheme("f", {"a": (0, 1, 2), "b": (0, 4)}, SCHEMES, none) == "old"
-    assert labelmaps.detect_scheme("f", {"a": (0, 1, 2)}, SCHEMES, none) == "new"  # both agree on these
+    new, old = ("new", SCHEMES["new"]), ("old", SCHEMES["old"])
+    assert labelmaps.detect_scheme("f", {"a": (0, 1, 2), "b": (0, 3)}, SCHEMES, none) == new
+    assert labelmaps.detect_scheme("f", {"a": (0, 1, 2), "b": (0, 4)}, SCHEMES, none) == old
+    assert labelmaps.detect_scheme("f", {"a": (0, 1, 2)}, SCHEMES, none) == new  # both agree on these
+
+
+def test_a_folder_may_mix_schemes_where_the_names_say_so():
+    values = {"a": (0, 1, 3), "b": (0, 2, 4), "c": (1, 2), "d": (0, 4)}
+    text, relabel = labelmaps.detect_scheme("f", values, SCHEMES, {"b": "old", "d": "old", "a": "new"}.get)
+    assert text == "new, old in 2 cases"
+    assert relabel == {**SCHEMES["new"], **SCHEMES["old"]}
+    assert relabel[3] == relabel[4] == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"a": (0, 3), "b": (0, 4)}, {"b": "new"}),  # 4 in a case of today is no enhancing tumour
+        ({"a": (0, 3), "b": (0, 3, 4)}, {"b": "old"}),  # no scheme has both
+        ({"a": (0, 3), "b": (0, 4), "c": (0, 4)}, {"b": "old"}),  # c does not say
+    ],
+)
+def test_a_mixture_that_names_do_not_explain_is_refused(values, names):
+    with pytest.raises(ValueError, match="fit no scheme.*--labels"):
+        labelmaps.detect_scheme("f", values, SCHEMES, names.get)
 
 
 def test_scheme_is_never_guessed():

@@ -177,14 +177,19 @@ def test_rows_are_filtered_by_text_arm_and_region(opened):
     assert count == "4 of 24 rows"
 
 
+@pytest.mark.parametrize("width", [390, 1024, 1280])
 @pytest.mark.parametrize("name", ["report.html", "viewer.html"])
-def test_page_fits_a_phone_without_sideways_scrolling(browser, page, name):
+def test_page_fits_phones_and_desks_without_sideways_scrolling(browser, page, name, width):
     if not (page / name).exists():
         pytest.skip("the viewer package is not installed")
-    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    screen = {"width": width, "height": 844, "deviceScaleFactor": 2, "mobile": width < 1000}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     browser.get((page / name).as_uri())
-    assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    script = """const page = document.documentElement, boxes = Array.from(document.querySelectorAll('.scroll'));
+        return [innerWidth, page.scrollWidth - page.clientWidth,
+                Math.max(0, ...boxes.map(b => b.getBoundingClientRect().right)) <= page.clientWidth]"""
+    assert browser.execute_script(script) == [width, 0, True]
 
 
 @pytest.mark.skipif(viewer.bundle() is None, reason="the viewer package is not installed")

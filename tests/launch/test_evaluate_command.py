@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -134,12 +135,63 @@ def test_two_arms_in_different_label_schemes_are_compared_and_gaps_are_listed(tm
     )  # fmt: skip
     assert code == 0, err
     assert "labels brats2021" in out and "labels brats2023" in out
-    assert "new: 1 missing cases: c3" in err and "b: 1 extra cases: c9" in err
+    line = "new has no prediction for 1 of 2 reference cases, which are in none of its means: c3"
+    assert f"WARNING: {line}" in out and "b: 1 extra cases, without a reference: c9" in err
+    assert f'<p class="banner" role="note">Incomplete: {line}.</p>' in (tmp_path / "out" / "report.html").read_text()
     content = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert content["runs"]["new"]["missing"] == ["c3"] and content["runs"]["b"]["extra"] == ["c9"]
     dice = next(c for c in content["comparisons"] if c["metric"] == "dice" and c["region"] == "ET")
     assert dice["first"] == "new" and dice["n"] == 1 and dice["mean_difference"] == 0 and dice["ties"] == 1
     assert not (tmp_path / "out" / "viewer.html").exists()
+
+
+def test_missing_predictions_end_in_exit_code_1_where_all_are_required(tmp_path):
+    labels = np.zeros((8, 9, 10), np.uint8)
+    labels[2:6, 2:6, 2:6] = 1
+    for file in ("refs/a", "refs/b", "pred/a"):
+        _nifti(tmp_path / f"{file}.nii.gz", labels)
+    arguments = (f"--predictions={tmp_path / 'pred'}", f"--references={tmp_path / 'refs'}", "--require_all", *QUICK)
+    code, out, err = _evaluate(*arguments, f"--output={tmp_path / 'out'}")
+    assert code == 1 and "WARNING: pred has no prediction for 1 of 2" in out
+    assert err == "error: predictions are missing, and --require_all was given\n"
+    assert (tmp_path / "out" / "summary.json").exists()
+    (tmp_path / "refs" / "b.nii.gz").unlink()
+    code, out, _ = _evaluate(*arguments, f"--output={tmp_path / 'out'}")
+    assert code == 0 and "WARNING" not in out
+
+
+def test_references_of_two_brats_releases_are_read_by_their_names(tmp_path):
+    labels = np.zeros((8, 9, 10), np.uint8)
+    labels[2:6, 2:6, 2:6], labels[3, 3, 3] = 2, 3
+    old, new = "BraTS2021_00017", "BraTS-SSA-00002-000"
+    _nifti(tmp_path / "refs" / f"{old}_seg.nii.gz", np.where(labels == 3, 4, labels))
+    _nifti(tmp_path / "refs" / f"{new}-seg.nii.gz", labels)
+    for name in (old, new):
+        _nifti(tmp_path / "pred" / f"{name}.nii.gz", labels)
+    code, out, err = _evaluate(f"--predictions={tmp_path / 'pred'}", f"--references={tmp_path / 'refs'}",
+                               f"--output={tmp_path / 'out'}", *QUICK)  # fmt: skip
+    assert code == 0, err
+    assert "labels brats2023, brats2021 in 1 cases" in out
+    dice = {r["case_id"]: float(r["value"]) for r in _rows(tmp_path / "out" / "metrics.csv")
+            if (r["region"], r["metric"]) == ("ET", "dice")}  # fmt: skip
+    assert dice == {old: 1.0, new: 1.0}
+
+
+def test_every_table_of_the_report_scrolls_in_its_own_box(golden_run):
+    page = (golden_run[0] / "report.html").read_text()
+    boxes = re.findall(r'<div class="scroll[^>]*>\s*<table', page)
+    assert len(boxes) == page.count("<table") > 3
+    assert re.search(r"\.scroll \{[^}]*overflow-x: auto", page)
+
+
+def test_a_place_that_can_not_be_written_is_told_before_anything_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    _nifti(tmp_path / "refs" / "a.nii.gz", np.ones((8, 9, 10)))
+    for place in ("file", "file/below"):
+        code, out, err = _evaluate(f"--predictions={tmp_path / 'refs'}", f"--references={tmp_path / 'refs'}",
+                                   f"--output={tmp_path / place}", *QUICK)  # fmt: skip
+        assert (code, out) == (1, "") and err.count("\n") == 1
+        assert "a file where a folder is needed; give another path" in err and str(tmp_path / "file") in err
 
 
 def test_regions_of_any_label_map_are_given_by_json(tmp_path):

@@ -1,5 +1,6 @@
 """Label maps come out in each case's own space, header and scheme; a stop or a bad case costs nothing else."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -242,6 +243,36 @@ def test_command_segments_a_folder_with_a_model_and_its_adapter(tmp_path, model,
     mixed = command(f"--model={model}", *place)
     assert (mixed.returncode, mixed.stdout) == (1, "")
     assert "predicted with other models" in mixed.stderr and mixed.stderr.count("\n") == 1
+
+
+def test_model_of_other_channels_is_refused_once_for_all_cases(tmp_path, model, command):
+    for number in range(3):
+        write_case(tmp_path / "in", number, AFFINES["flipped"])
+    _, params = modeldir.load_model(model)
+    info = dataclasses.replace(INFO, channels=("t2f", "t1n", "t1c", "t2w"))
+    modeldir.save_model(tmp_path / "other", info, params)
+    result = command(f"--model={tmp_path / 'other'}", f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}")
+    assert result.returncode == 1 and "in another order" in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_merged_model_predicts_without_the_peft_package(tmp_path, model):
+    write_case(tmp_path / "in", 1, AFFINES["flipped"])
+    peft.merge_directories(model, tmp_path / "adapter", tmp_path / "merged")
+    program = (
+        "import runpy, sys\n"
+        "del sys.argv[0]\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n    print('ended', end.code)\n"
+        "print([name for name in sys.modules if name.startswith('mednext_jax.peft')])"
+    )
+    launch = ROOT / "launch"
+    environment = {"PYTHONPATH": f"{ROOT}:{launch}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path),
+                   "JAX_PLATFORMS": "cpu"}  # fmt: skip
+    arguments = [f"--model={tmp_path / 'merged'}", f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}"]
+    result = subprocess.run([sys.executable, "-c", program, str(launch / "predict.py"), *arguments, "--overlap=0"],
+                            capture_output=True, text=True, env=environment, timeout=300)  # fmt: skip
+    assert "1 label maps, 0 cases failed\nended 0\n[]\n" in result.stdout, result.stderr
 
 
 def test_export_command_writes_a_program_that_loads(tmp_path, model):

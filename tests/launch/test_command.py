@@ -1,0 +1,41 @@
+"""What every launcher tells of an error: one line with the path and the remedy."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+import command  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EACCES, "permission denied; give a path you may read and write"),
+        (errno.EROFS, "cannot be written; give another path"),
+        (errno.ENOSPC, "the disk is full; make room"),
+        (errno.ENOTDIR, "a file where a folder is needed; give another path"),
+        (errno.EEXIST, "a file where a folder is needed; give another path"),
+        (errno.EISDIR, "a folder where a file is needed"),
+    ],
+)
+def test_errors_of_the_system_name_the_path_and_the_remedy(number, remedy):
+    line = command.one_line(OSError(number, os.strerror(number), "/data/out"))
+    assert line.startswith("/data/out: ") and remedy in line and "Errno" not in line
+
+
+def test_our_own_errors_stay_as_they_are():
+    assert command.one_line(FileExistsError("runs/a: is no model\n directory")) == "runs/a: is no model directory"
+    assert command.one_line(KeyError("peak_lr")) == "peak_lr"
+    assert command.one_line(MemoryError()) == "MemoryError"
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_below_a_file_is_such_an_error(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError) as error:
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    assert "a file where a folder is needed" in command.one_line(error.value)
