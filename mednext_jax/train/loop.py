@@ -1,6 +1,4 @@
-"""The training loop: ``fit(config, data, workdir)``. The same workdir goes on where it stopped, bit for
-bit.
-"""
+"""The training loop: ``fit(config, data, workdir)``. The same workdir goes on where it stopped, bit for bit."""
 
 import dataclasses
 import math
@@ -83,13 +81,8 @@ class Run:
         mesh: jax.sharding.Mesh,
         beginning: Beginning,
     ):
-        self.config, self.data, self.folder, self.checkpoints, self.mesh = (
-            config,
-            data,
-            folder,
-            checkpoints,
-            mesh,
-        )
+        self.config, self.data, self.folder = config, data, folder
+        self.checkpoints, self.mesh = checkpoints, mesh
         self.parts, state, self.progress, report = beginning
         self.step, self.bad_steps = int(state.step), int(state.bad_steps)
         self.saved_step = self.step
