@@ -11,7 +11,7 @@ from ml_collections.config_dict import placeholder
 def get_config(arg: str | None = None) -> ConfigDict:
     """The defaults; with ``arg="demo"`` those of the small network for the simulated cohorts."""
     c = ConfigDict()
-    c.seed = 0  # initial weights, data order, augmentation: everything
+    c.seed = 0  # everything random: initial weights and, unless data.order_seed says otherwise, what follows
     c.init_from = ""  # model directory or workdir to start from; "": draw new parameters
     c.init_head = "loaded"  # "new": draw the output layers anew, for other classes than the loaded network's
     c.data = _data()
@@ -45,6 +45,7 @@ def _data() -> ConfigDict:
             fold=-1,  # 0, 1, ...: that fold's train and val instead
             max_train_cases=0,  # 0: all; else that many, chosen by subset_seed
             subset_seed=0,
+            order_seed=-1,  # order of cases, places of patches, augmentation; -1: seed
             patch_voxels=(128, 128, 128),
             batch_size=2,  # patches per step, over all devices
             foreground_fraction=0.33,  # share of patches centred on tumour, nnU-Net's default
@@ -157,6 +158,7 @@ def _eval() -> ConfigDict:
     return ConfigDict(
         dict(
             every=2500,  # steps; 0: no validation
+            score="mean",  # what makes a network the best: mean over regions, a region, or label1, label2, label3
             max_cases=0,  # 0: all of the split
             overlap=0.5,
             flips=False,

@@ -1,45 +1,118 @@
-r"""The study: what does adapting a pre-trained network to a small cohort gain, and by which method?
+r"""The study: what does adapting a pre-trained network to a small cohort gain, by which method, at which cost?
 
-Pre-trains on the source cohort, then tests on the target cohort without adaptation, trained from scratch, fully
-fine-tuned and with adapters. All arms share the target's cases, patches, augmentation and number of steps.
+Pre-trains on the source cohort, tests it on the target cohort as it is, and adapts it to the target cohort by every
+arm. The protocol is fixed before any test case is seen: the learning rate of each arm is chosen on validation cases,
+target subset, initial weights and data order have seeds of their own, and test cases are touched once, at the end.
 
-    python launch/study.py --config=configs/study.py:demo --workdir=runs/demo       # simulated, minutes on two cores
+    python launch/study.py --config=configs/study.py:demo --workdir=runs/demo             # simulated, minutes
+    python launch/study.py --config=configs/study.py:simulated --workdir=runs/simulated   # two hours on two cores
     python launch/study.py --config=configs/study.py:real --workdir=runs/study \
-        --config.source.root=DATA/BraTS2021 --config.target.root=DATA/BraTS-Africa  # one GPU of 24 GB, days
+        --config.source.root=DATA/BraTS2021 --config.target.root=DATA/BraTS-Africa        # one GPU of 24 GB, weeks
+    # fewer arms:            ... --config.arms=full,lora
+    # take given weights:    ... --config.pretrain.init_from=runs/pretrain
 
-Stopped at any point, the same command goes on.
+Stopped at any point, the same command goes on; started several times at once, on several GPUs or machines with a
+common folder, the processes share the work.
 """
 
 from ml_collections import ConfigDict
 
+ARMS = ("scratch", "full", "paper_sequential", "paper_parallel", "conv_adapter", "conv_adapter_block", "lora",
+        "norm_bias_head", "decoder", "last_stages_reinit")  # fmt: skip
+FAULTS = ("permuted_channels", "squeezed", "joint_normalization", "selection_by_label1", "legacy_adapters",
+          "resumed_full")  # fmt: skip
+DEMO_ARMS = ("scratch", "full", "paper_sequential", "conv_adapter")
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """``arg`` is "demo" (simulated cohorts, a small network) or "real" (your folders, MedNeXt-S)."""
-    if arg not in ("demo", "real"):
-        raise ValueError("configs/study.py needs a variant: configs/study.py:demo or configs/study.py:real")
-    demo = arg == "demo"
+    """``arg`` is "demo" or "simulated" (simulated cohorts, a small network) or "real" (your folders, MedNeXt-S)."""
+    if arg not in ("demo", "simulated", "real"):
+        raise ValueError("configs/study.py needs a variant: configs/study.py:demo, :simulated or :real")
     c = ConfigDict()
-    c.variant = "demo" if demo else ""  # of the arms' config files
-    c.seeds = (0,)  # one repetition of every arm per seed: weights, data order, target subset
+    c.variant = "" if arg == "real" else "demo"  # of the arms' config files
     c.note = ""  # printed on top of the report; filled in for simulated cohorts
-    c.source = _cohort(val_fraction=0.1, test_fraction=0.2 if demo else 0.1)
-    c.target = _cohort(val_fraction=0.1, test_fraction=0.5 if demo else 0.25)
-    # Used where no root is given: cases of each cohort, voxel edge, seed.
-    c.simulate = ConfigDict(dict(enabled=demo, source_cases=40, target_cases=24, spacing_mm=3.0, seed=0))
-    c.pretrain = ConfigDict(dict(init_from="", overrides=("optim.total_steps=400",) if demo else ()))
-    # (name, config file, overrides of its fields); every arm but scratch starts from the pre-trained network.
-    c.arms = (
-        ("scratch", "scratch", ()),
-        ("full", "full", ()),
-        ("paper_sequential", "peft", ("peft.method=paper_sequential",)),
-        ("conv_adapter", "peft", ()),
-    )
-    c.predict = ConfigDict(dict(overlap=0.5, flips=False, thresholds=()))
+    c.source = _cohort(val_fraction=0.1, test_fraction=0.1)
+    c.target = _cohort(val_fraction=0.15, test_fraction=0.35)
+    # Used where neither root nor store is given: cases of each cohort, voxel edge, seed.
+    c.simulate = ConfigDict(dict(enabled=arg != "real", source_cases=64, target_cases=70, spacing_mm=3.0, seed=1))
+    # Replicate r of every arm takes subset_seeds[r], and init_seeds and order_seeds in turn (all pairs with
+    # crossed=True). Pre-training runs once per init seed.
+    c.subset_seeds = (0, 1, 2, 3, 4)
+    c.init_seeds = (0, 1, 2)
+    c.order_seeds = (0, 1, 2)
+    c.crossed = arg == "real"
+    c.max_train_cases = 0  # target cases that arms train on, drawn by the subset seed; 0: all training cases
+    c.pretrain = ConfigDict(dict(init_from="", overrides=()))
+    c.arms = ARMS
+    c.recipes = _recipes()
+    c.overrides = ()  # of every arm's config, such as "optim.total_steps=1000"
+    # Learning rates: trials rates, a factor apart, around the recipe's own; while the best is at an edge the grid
+    # grows, up to max_trials. Chosen by the validation score, mean over that many tuning subsets.
+    c.rates = ConfigDict(dict(trials=3, factor=3.0, max_trials=6, subsets=2))
+    c.few_shot = ConfigDict(dict(sizes=(1, 5, 10, 30), arms=("scratch", "full", "conv_adapter"), replicates=5))
+    c.ablations = FAULTS
+    c.ablation = ConfigDict(dict(
+        arms=("full", "paper_sequential"),  # trained again under every fault of data or selection
+        replicates=3,
+        squeezed_voxels=(64, 64, 64),
+        validations=10,  # per run, for the ablation of model selection
+        rate_decay=1e-6,  # what the released full fine-tuning's inverted schedule leaves of the learning rate
+    ))  # fmt: skip
+    c.predict = ConfigDict(dict(overlap=0.5, flips=False, thresholds=(), min_component_mm3=("50",)))
+    if arg == "simulated":
+        _simulated(c)
+    if arg == "demo":
+        _demo(c)
     return c
 
 
 def _cohort(val_fraction: float, test_fraction: float) -> ConfigDict:
-    """A folder of BraTS cases as downloaded ("" simulates one), its splits by patient."""
+    """A folder of BraTS cases as downloaded, or a store of them ("" simulates one); its splits by patient."""
     return ConfigDict(
-        dict(root="", val_fraction=val_fraction, test_fraction=test_fraction, splits="", split_seed=0)
+        dict(root="", store="", val_fraction=val_fraction, test_fraction=test_fraction, splits="", split_seed=0)
     )
+
+
+def _recipes() -> ConfigDict:
+    """Arm -> its config file and the overrides of its fields; all but scratch start from the pre-trained network."""
+    recipes = ConfigDict()
+    for name, file, overrides in (
+        ("scratch", "scratch", ()),
+        ("full", "full", ()),
+        ("paper_sequential", "peft", ("peft.method=paper_sequential",)),
+        ("paper_parallel", "peft", ("peft.method=paper_parallel",)),
+        ("conv_adapter", "peft", ("peft.method=conv_adapter+head",)),
+        ("conv_adapter_block", "peft", ("peft.method=conv_adapter+head", "peft.scope=block")),
+        ("lora", "peft", ("peft.method=lora+head",)),
+        ("norm_bias_head", "peft", ("peft.method=norm_bias_head",)),
+        ("decoder", "peft", ("peft.method=decoder",)),
+        ("last_stages_reinit", "peft", ("peft.method=last_stages", "peft.reinit=True")),
+    ):
+        recipes[name] = ConfigDict(dict(file=file, overrides=overrides))
+    return recipes
+
+
+def _simulated(c: ConfigDict) -> None:
+    """Two hours on two cores: 8 channels, 32^3 patches of 3 mm voxels, 12 target cases to train on."""
+    c.max_train_cases = 12
+    c.source.update(val_fraction=0.1, test_fraction=0.25)
+    c.pretrain.overrides = ("optim.total_steps=400", "eval.every=400", "eval.overlap=0.25")
+    c.overrides = ("optim.total_steps=160", "data.batch_size=1", "eval.every=160", "eval.overlap=0.25",
+                   "checkpoint_every=160")  # fmt: skip
+    c.rates.subsets = 1
+    c.few_shot.update(sizes=(1, 4, 30), replicates=2)
+    c.ablation.update(replicates=2, squeezed_voxels=(32, 32, 32), validations=4)
+    c.predict.update(overlap=0.25, min_component_mm3=("500",))
+
+
+def _demo(c: ConfigDict) -> None:
+    """Minutes: four arms at the learning rates of their config files, one seed, no ablation."""
+    c.simulate.update(source_cases=40, target_cases=24, seed=0)
+    c.source.test_fraction = 0.2
+    c.target.update(val_fraction=0.1, test_fraction=0.5)
+    c.subset_seeds, c.init_seeds, c.order_seeds = (0,), (0,), (0,)
+    c.pretrain.overrides = ("optim.total_steps=400",)
+    c.arms = DEMO_ARMS
+    c.rates.update(trials=1, max_trials=1, subsets=1)
+    c.few_shot.sizes, c.ablations = (), ()
+    c.predict.min_component_mm3 = ("500",)

@@ -1,8 +1,8 @@
 """One raw case as the network sees it, and label maps back onto the case's own grid.
 
 A case is brought to RAS axes and cropped to the brain (voxels that are not 0 in some modality); each modality
-is z-scored inside the brain and set to 0 outside. Voxels keep their size: nothing is resampled, so every step
-is undone exactly. The record of a case holds what undoing needs.
+is z-scored inside the brain and set to 0 outside (or normalised by another rule, by its name). Voxels keep their size:
+nothing is resampled, so every step is undone exactly. The record of a case holds what undoing needs.
 """
 
 from collections.abc import Mapping
@@ -12,16 +12,17 @@ from nibabel import affines
 
 from data_pipeline import integrity, nifti
 from data_pipeline.cohorts import CHANNELS, Case
-from data_pipeline.store import NORMALIZATION
+from data_pipeline.normalization import DEFAULT, NORMALIZATIONS
 
 
 def preprocess_case(
-    case: Case, label_map: Mapping[int, int] | None = None
+    case: Case, label_map: Mapping[int, int] | None = None, normalization: str = DEFAULT
 ) -> tuple[np.ndarray, np.ndarray | None, dict]:
     """Reads, checks and prepares one case.
 
     Args:
       label_map: {value in the segmentation: canonical label}, for values that the naming does not explain.
+      normalization: name in ``normalization.NORMALIZATIONS``.
 
     Returns:
       image (D, H, W, 4) float16, label (D, H, W) uint8 or None, and the record (JSON).
@@ -33,10 +34,10 @@ def preprocess_case(
     if found.serious:
         more = f" (and {len(found.serious) - 1} more problems)" if len(found.serious) > 1 else ""
         raise ValueError(f"{found.serious[0]}{more}")
-    return prepare(case, found)
+    return prepare(case, found, normalization)
 
 
-def load_for_prediction(case: Case) -> tuple[np.ndarray, dict]:
+def load_for_prediction(case: Case, normalization: str = DEFAULT) -> tuple[np.ndarray, dict]:
     """The same image that training sees, (D, H, W, 4) float32, and the record that ``restore`` needs.
 
     The segmentation, if there is one, is not read and so has no part in the crop.
@@ -45,7 +46,7 @@ def load_for_prediction(case: Case) -> tuple[np.ndarray, dict]:
       ValueError: the first problem of the case, and how many more there are.
     """
     unlabelled = Case(case.case_id, case.patient_id, case.images, None, case.naming)
-    image, _, record = preprocess_case(unlabelled)
+    image, _, record = preprocess_case(unlabelled, normalization=normalization)
     return image.astype(np.float32), record
 
 
@@ -71,7 +72,9 @@ def restore(array: np.ndarray, record: Mapping) -> np.ndarray:
     return nifti.from_ras(whole, np.array(record["orientation_table"]))
 
 
-def prepare(case: Case, found: integrity.Examined) -> tuple[np.ndarray, np.ndarray | None, dict]:
+def prepare(
+    case: Case, found: integrity.Examined, normalization: str = DEFAULT
+) -> tuple[np.ndarray, np.ndarray | None, dict]:
     """Reorients, crops and normalises a case that has been examined; returns as ``preprocess_case``."""
     first = found.images[CHANNELS[0]]
     table = nifti.orientation(first.affine).astype(int)
@@ -81,12 +84,8 @@ def prepare(case: Case, found: integrity.Examined) -> tuple[np.ndarray, np.ndarr
     # A tumour voxel outside the brain is an error of the segmentation, but truth must not be cut off.
     box = _bounding_box(brain if label is None else brain | (label != 0))
     inside = np.ascontiguousarray(brain[box])
-    prepared = np.zeros((*inside.shape, len(CHANNELS)), np.float16)
-    means, deviations = {}, {}
-    for number, channel in enumerate(CHANNELS):
-        values = np.ascontiguousarray(images[channel][box])[inside].astype(np.float64)
-        means[channel], deviations[channel] = float(values.mean()), float(values.std())
-        prepared[inside, number] = (values - means[channel]) / deviations[channel]
+    whole = np.stack([images[channel] for channel in CHANNELS], axis=-1)
+    prepared, means, deviations = NORMALIZATIONS[normalization](whole, box, inside)
     affine = nifti.ras_affine(first.affine, table, first.array.shape)
     record = {
         "case_id": case.case_id,
@@ -102,10 +101,10 @@ def prepare(case: Case, found: integrity.Examined) -> tuple[np.ndarray, np.ndarr
         "spacing_mm": affines.voxel_sizes(affine).tolist(),
         "affine": (affine @ affines.from_matvec(np.eye(3), [part.start for part in box])).tolist(),
         "normalization": {
-            "name": NORMALIZATION,
+            "name": normalization,
             "brain_voxels": int(np.count_nonzero(inside)),
-            "mean": means,
-            "std": deviations,
+            "mean": dict(zip(CHANNELS, means, strict=True)),
+            "std": dict(zip(CHANNELS, deviations, strict=True)),
         },
     }
     return prepared, None if label is None else np.ascontiguousarray(label[box]), record

@@ -16,6 +16,7 @@ from data_pipeline import cohorts, integrity, labels, parallel, store, store_fil
 from data_pipeline import splits as splitting
 from data_pipeline.cohorts import Case, Problem, shown
 from data_pipeline.integrity import check
+from data_pipeline.normalization import DEFAULT, NORMALIZATIONS
 from data_pipeline.prepare import load_for_prediction, prepare, preprocess_case, restore
 
 __all__ = ["check", "load_for_prediction", "preprocess", "preprocess_case", "restore"]
@@ -36,6 +37,7 @@ def preprocess(
     label_map: Mapping[int, int] | None = None,
     skip_bad: bool = False,
     progress: bool = True,
+    normalization: str = DEFAULT,
 ) -> store.Store:
     """Makes a store of all cases below ``input_folder``; run again, it goes on where it stopped.
 
@@ -50,6 +52,7 @@ def preprocess(
       label_map: {value in a segmentation: canonical label}, for values that the naming does not explain.
       skip_bad: leave cases with problems out instead of stopping.
       progress: show a bar (lines where there is no terminal), and warnings.
+      normalization: name in ``normalization.NORMALIZATIONS``; predictions follow the model's.
 
     Raises:
       FileNotFoundError: no such folder.
@@ -57,6 +60,8 @@ def preprocess(
       OSError: the disk is full, the folder cannot be written, a worker died (ChildProcessError).
     """
     label_map = labels.check_label_map(label_map)
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization is {normalization!r}; it must be one of {', '.join(NORMALIZATIONS)}")
     cases, problems = cohorts.survey(input_folder)
     if not cases and not problems:
         raise ValueError(f"{shown(input_folder)}: no BraTS case; files must be named like {cohorts.EXAMPLES}")
@@ -72,7 +77,7 @@ def preprocess(
     split({case.case_id: case.patient_id for case in cases if case.segmentation})
     with store.writing(store_path):
         _refuse_other_cases(Path(store_path), cases, problems)
-        work = partial(_prepare_into, Path(store_path), label_map)
+        work = partial(_prepare_into, Path(store_path), label_map, normalization)
         results = parallel.run(work, cases, workers=workers, title="preprocess", progress=progress)
         problems += [problem for _, found in results for problem in found]
         _stop_if_bad(problems, input_folder, skip_bad)
@@ -83,18 +88,21 @@ def preprocess(
             raise ValueError(f"{shown(input_folder)}: every case has problems; first: {problems[0]}")
         patients = {record["case_id"]: record["patient_id"] for record in records if record["labelled"]}
         settings = _provenance(label_map)
-        return store.write_dataset(store_path, records, split(patients), _data_hash(records), settings)
+        data_hash = _data_hash(records, normalization)
+        return store.write_dataset(store_path, records, split(patients), data_hash, settings, normalization)
 
 
-def _prepare_into(path: Path, label_map: dict[int, int], case: Case) -> tuple[dict | None, list[Problem]]:
+def _prepare_into(
+    path: Path, label_map: dict[int, int], normalization: str, case: Case
+) -> tuple[dict | None, list[Problem]]:
     """Prepares one case into the store at ``path``, unless it is there; returns its record and problems."""
-    record = _unchanged(path, label_map, case)
+    record = _unchanged(path, label_map, normalization, case)
     if record is None:
         sources = {content: _fingerprint(file) for content, file in _files(case).items()}
         found = integrity.examine(case, label_map)
         if found.serious:
             return None, found.problems
-        image, label, record = prepare(case, found)
+        image, label, record = prepare(case, found, normalization)
         record["sources"] = sources
         record["label_map"] = _json_map(label_map)
         record["warnings"] = [[problem.kind, problem.message] for problem in found.problems]
@@ -103,12 +111,14 @@ def _prepare_into(path: Path, label_map: dict[int, int], case: Case) -> tuple[di
     return {name: value for name, value in record.items() if name != "foreground"}, warnings
 
 
-def _unchanged(path: Path, label_map: dict[int, int], case: Case) -> dict | None:
+def _unchanged(path: Path, label_map: dict[int, int], normalization: str, case: Case) -> dict | None:
     """Record of a case that is in the store already, whole and from the same files with the same settings."""
     folder = store.case_folder(path, case.case_id)
     try:
         record = store_files.read_record(folder / "case.json", case.case_id)
         if (record["format_version"], record["label_map"]) != (store.FORMAT_VERSION, _json_map(label_map)):
+            return None
+        if record["normalization"]["name"] != normalization:
             return None
         store_files.open_array(folder / "image.npy", np.float16, (*record["shape"], len(cohorts.CHANNELS)))
         if record["labelled"]:
@@ -181,13 +191,13 @@ def _json_map(label_map: Mapping[int, int]) -> dict[str, int]:
     return {str(value): label for value, label in sorted(label_map.items())}
 
 
-def _data_hash(records: Sequence[Mapping]) -> str:
+def _data_hash(records: Sequence[Mapping], normalization: str) -> str:
     """Hash over the sources' contents and the settings: equal for equal stores, wherever they lie."""
     content = sorted(
         [r["case_id"], r["naming"], r["label_map"], sorted((k, s["sha256"]) for k, s in r["sources"].items())]
         for r in records
     )
-    text = json.dumps([store.FORMAT_VERSION, store.NORMALIZATION, content])
+    text = json.dumps([store.FORMAT_VERSION, normalization, content])
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -22,9 +22,9 @@ import numpy as np
 
 from data_pipeline import atomic, labels, store_files
 from data_pipeline.cohorts import CHANNELS, shown
+from data_pipeline.normalization import DEFAULT
 from data_pipeline.store_files import FORMAT_VERSION, case_folder
 
-NORMALIZATION = "zscore_brain"
 MAX_FOREGROUND = 2000
 
 
@@ -172,6 +172,7 @@ def write_dataset(
     splits: Mapping,
     data_hash: str = "",
     extra: Mapping | None = None,
+    normalization: str = DEFAULT,
 ) -> Store:
     """Writes ``splits.json`` and then ``dataset.json``, which makes the store complete.
 
@@ -180,6 +181,7 @@ def write_dataset(
       splits: see ``splits.make_splits``.
       data_hash: name of the contents, see ``Store``.
       extra: further entries of ``dataset.json`` (settings, versions).
+      normalization: of the images, by name.
     """
     path = Path(path)
     columns = ("patient_id", "naming", "shape", "spacing_mm", "labelled", "label_voxels")
@@ -190,7 +192,7 @@ def write_dataset(
         "format_version": FORMAT_VERSION,
         "channels": list(CHANNELS),
         "label_scheme": labels.CANONICAL_SCHEME,
-        "normalization": NORMALIZATION,
+        "normalization": normalization,
         "spacing_mm": spacing.tolist(),
         "data_hash": data_hash,
         **(extra or {}),

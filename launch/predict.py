@@ -21,6 +21,7 @@ from absl import flags
 MODEL = flags.DEFINE_list("model", None, "Model directories or training workdirs; several are averaged.", required=True)
 ADAPTER = flags.DEFINE_list("adapter", [], "Adapter of the model; one per model, or several of one model.")
 INPUT = flags.DEFINE_string("input", None, "Folder of raw cases at any depth, or a store.", required=True)
+SPLIT = flags.DEFINE_string("split", "", "Only the cases of this split of a store, such as test.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the label maps.", required=True)
 PATCH_VOXELS = flags.DEFINE_list("patch_voxels", None, "Window as D,H,W; default: the model's training patch.")
 OVERLAP = flags.DEFINE_float("overlap", 0.5, "Share of a window that its neighbour covers.", 0, 0.95)
@@ -82,8 +83,8 @@ def main(_) -> int:
     from mednext_jax.infer.postprocess import PostProcess
     from mednext_jax.modeldir import params_hash
 
-    jobs, failed = prediction.find_jobs(INPUT.value)
     members = [ensemble.load_member(*pair, DTYPE.value) for pair in pairs(MODEL.value, ADAPTER.value)]
+    jobs, failed = prediction.find_jobs(INPUT.value, members[0].info.normalization, SPLIT.value)
     window = {"patch_voxels": patch, "overlap": OVERLAP.value, "flips": FLIPS.value}
     predictor = ensemble.Ensemble(
         members, windows_per_batch=WINDOWS_PER_BATCH.value, accumulate=ACCUMULATE.value, **window

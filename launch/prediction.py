@@ -16,7 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline import atomic, cohorts, labels, nifti, preprocess, progress, store_files
-from data_pipeline.store import NORMALIZATION, Store
+from data_pipeline.normalization import DEFAULT, NORMALIZATIONS
+from data_pipeline.store import Store
 from mednext_jax import modeldir
 from mednext_jax.infer.postprocess import PostProcess
 
@@ -60,21 +61,34 @@ class Options:
     save_probabilities: bool = False
 
 
-def find_jobs(path: str | Path) -> tuple[list[Job], dict[str, str]]:
+def find_jobs(
+    path: str | Path, normalization: str = DEFAULT, split: str = ""
+) -> tuple[list[Job], dict[str, str]]:
     """The cases of a store or of a folder of raw cases, and {case id: problem} of those that cannot be used.
+
+    Args:
+      normalization: of raw cases, by name: the model's.
+      split: only these cases of a store.
 
     Raises:
       FileNotFoundError: no such folder.
-      ValueError: no case in it.
+      ValueError: no case in it, or an unknown normalisation.
     """
     if (Path(path) / "dataset.json").is_file():
         store = Store(path)
-        return [Job(case_id, functools.partial(_from_store, store, case_id)) for case_id in store.case_ids], {}
+        chosen = store.split(split) if split else store.case_ids
+        return [Job(case_id, functools.partial(_from_store, store, case_id)) for case_id in chosen], {}
+    if split:
+        raise ValueError(f"{cohorts.shown(path)} is no store, and --split={split} names a split of one")
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"the model expects intensities normalised by {normalization!r}; known for raw cases: "
+                         f"{', '.join(NORMALIZATIONS)}; preprocess them yourself and give a store as --input")
     cases, problems = cohorts.survey(path)
     bad = {p.case_id: f"{p.kind}: {p.message}" for p in problems if p.case_id and not p.warning}
     if not cases and not bad:
         raise ValueError(f"{cohorts.shown(path)}: no case found; files must be named like {cohorts.EXAMPLES}")
-    return [Job(case.case_id, functools.partial(preprocess.load_for_prediction, case)) for case in cases], bad
+    load = functools.partial(preprocess.load_for_prediction, normalization=normalization)
+    return [Job(case.case_id, functools.partial(load, case)) for case in cases], bad
 
 
 def check_data(info: modeldir.ModelInfo, path: str | Path) -> None:
@@ -83,7 +97,7 @@ def check_data(info: modeldir.ModelInfo, path: str | Path) -> None:
         store = Store(path)
         modeldir.check_channels(info, store.channels, store.normalization)
     else:
-        modeldir.check_channels(info, cohorts.CHANNELS, NORMALIZATION)
+        modeldir.check_channels(info, cohorts.CHANNELS)  # raw cases are normalised as the model expects
 
 
 def begin(output: str | Path, record: Mapping[str, Any], jobs: Sequence[Job], keep: bool = True) -> None:

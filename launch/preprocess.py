@@ -11,7 +11,7 @@ Names as downloaded: BraTS2021_00000_{flair,t1,t1ce,t2,seg} or BraTS-SSA-00002-0
 import command
 from absl import flags
 
-from data_pipeline import atomic, integrity, labels, preprocess
+from data_pipeline import atomic, integrity, labels, normalization, preprocess
 
 INPUT = flags.DEFINE_string("input", None, "Folder with the cases, at any depth.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the store.")
@@ -19,6 +19,9 @@ CHECK_ONLY = flags.DEFINE_bool("check_only", False, "Report the problems of all 
 REPORT = flags.DEFINE_string("report", None, "With --check-only: write the problems as JSON to this file.")
 WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: one per core.", lower_bound=1)
 LABEL_MAP = flags.DEFINE_string("label_map", "", "Label values to map, as VALUE:LABEL,... such as 4:0.")
+NORMALIZATION = flags.DEFINE_enum(
+    "normalization", normalization.DEFAULT, list(normalization.NORMALIZATIONS), "How intensities are normalised."
+)
 SPLITS = flags.DEFINE_string("splits", None, "JSON with your own splits, or nnU-Net's splits_final.json.")
 VAL_FRACTION = flags.DEFINE_float("val_fraction", 0.2, "Part of the patients for validation.")
 TEST_FRACTION = flags.DEFINE_float("test_fraction", 0.0, "Part of the patients for testing.")
@@ -58,6 +61,7 @@ def main(_) -> int:
         splits=SPLITS.value,
         label_map=labels.parse_label_map(LABEL_MAP.value),
         skip_bad=SKIP_BAD.value,
+        normalization=NORMALIZATION.value,
     )
     sizes = ", ".join(f"{name} {len(part)}" for name, part in made.splits.items() if isinstance(part, list))
     folds = sum(isinstance(part, dict) for part in made.splits.values())

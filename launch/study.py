@@ -1,23 +1,29 @@
-r"""Runs the study of a config: pre-train, adapt by every arm, predict the test cases, compare.
+r"""Runs the study of a config: pre-train, choose learning rates, adapt by every arm, test once, compare.
 
     python launch/study.py --config=configs/study.py:demo --workdir=runs/demo
+    python launch/study.py --config=configs/study.py:simulated --workdir=runs/simulated --jobs=2
     python launch/study.py --config=configs/study.py:real --workdir=runs/study \
         --config.source.root=DATA/BraTS2021 --config.target.root=DATA/BraTS-Africa
 
-Every step is one of the other commands in a process of its own, printed before it runs, and could be run by hand.
-Finished steps are skipped, so that the same command goes on where it stopped.
+Every step is one of the other commands in a process of its own, could be run by hand, and writes to
+<workdir>/logs. Finished steps are skipped, so that the same command goes on where it stopped; the same command on
+several GPUs or machines (with CUDA_VISIBLE_DEVICES, or one job each) shares the steps among them.
 """
 
+import contextlib
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # configs/ is not installed
 
 import command
+import study_plan
+import study_result
 import study_steps
-import study_table
 from absl import flags
 from ml_collections import config_flags
 
@@ -25,39 +31,142 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Study file with its variant, such as configs/study.py:demo.", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Everything the study makes goes here.")
+JOBS = flags.DEFINE_integer("jobs", 1, "Steps that run at the same time on this machine.", lower_bound=1)
+POLL_SECONDS = 0.2
+LOOK_SECONDS = 10  # how often to look whether other processes did something
+STOP_SECONDS = 120  # for a stopped step to save
+REQUEUE = 75
 
 
-def run_step(step: study_steps.Step, number: int, total: int, folder: Path) -> None:
-    """Runs one step unless it is done.
+class Stopped(Exception):
+    """The study was asked to stop."""
 
-    Raises:
-      ValueError: the step was done by another command, or fails.
-    """
-    title = f"[{number}/{total}] {step.name}"
-    if step.is_done(folder):
-        print(f"{title}: done before", flush=True)
-        return
-    print(f"{title}\n  {step.shown()}", flush=True)
-    began = time.monotonic()
-    step.prepare()
-    code = subprocess.run(step.argv, check=False).returncode
-    if code:
-        raise ValueError(f"step {step.name!r} ended with exit code {code}; its message is above, its command is: "
-                         f"{step.shown()}")
-    step.mark_done(folder, seconds=time.monotonic() - began)
+
+@dataclass
+class Running:
+    """A step at work: its process, its claim and when it began."""
+
+    step: study_steps.Step
+    process: subprocess.Popen
+    claim: contextlib.ExitStack
+    began: float = field(default_factory=time.monotonic)
+
+
+class Study:
+    """The steps of a study, done by this process together with others like it."""
+
+    def __init__(self, config, folder: Path, jobs: int):
+        self.config, self.folder, self.jobs = config, folder, jobs
+        self.running: dict[str, Running] = {}
+        self.done: set[str] = set()
+        self.acted = False  # a step that needed no process was done: there may be others now
+
+    def to_the_end(self) -> int:
+        """Does every step; returns how many there were.
+
+        Raises:
+          ValueError: a step fails.
+        """
+        try:
+            while True:
+                steps = study_plan.plan(self.config, self.folder)
+                waiting = [step for step in steps if not self._is_done(step)]
+                if not waiting and not self.running:
+                    return len(steps)
+                for step in waiting:
+                    if len(self.running) < self.jobs and self.done.issuperset(step.needs):
+                        self._begin(step, len(steps))
+                self._collect(len(steps))
+        finally:
+            self._stop()
+
+    def _is_done(self, step: study_steps.Step) -> bool:
+        if step.name not in self.done and step.is_done(self.folder):
+            self.done.add(step.name)
+        return step.name in self.done
+
+    def _begin(self, step: study_steps.Step, known: int) -> None:
+        if step.name in self.running:
+            return
+        stack = contextlib.ExitStack()
+        claim = stack.enter_context(study_steps.claimed(self.folder, step.name))
+        if claim is None or step.is_done(self.folder):  # another process has it, or had it
+            stack.close()
+            return
+        began = time.monotonic()
+        with contextlib.ExitStack() as failing:
+            failing.callback(stack.close)
+            process = step.start(self.folder, claim)
+            failing.pop_all()
+        if process is None:
+            step.mark_done(self.folder, time.monotonic() - began)
+            stack.close()
+            self.acted = True
+            self._say(step, known, "")
+        else:
+            self.running[step.name] = Running(step, process, stack)
+
+    def _collect(self, known: int) -> None:
+        """Waits until a command ends, or long enough to look around again, and takes note."""
+        until = time.monotonic() + LOOK_SECONDS
+        while time.monotonic() < until and all(r.process.poll() is None for r in self.running.values()):
+            if not self.running and self.acted:
+                break
+            time.sleep(POLL_SECONDS)
+        self.acted = False
+        for name, running in list(self.running.items()):
+            code = running.process.poll()
+            if code is None:
+                continue
+            del self.running[name]
+            seconds = time.monotonic() - running.began
+            if code == 0:
+                running.step.mark_done(self.folder, seconds)
+            running.claim.close()
+            log = study_steps.log_of(self.folder, name)
+            if code:
+                said = study_steps.last_line(log)
+                raise ValueError(f"step {name!r} ended with exit code {code}: {said} (log: {log}; command: "
+                                 f"{running.step.shown()})")
+            self._say(running.step, known, f"  {seconds:.0f} s  {study_steps.last_line(log)[:100]}")
+
+    def _say(self, step: study_steps.Step, known: int, rest: str) -> None:
+        self.done.add(step.name)
+        print(f"[{len(self.done)}/{known}] {step.name}{rest}", flush=True)
+
+    def _stop(self) -> None:
+        """Asks what still runs to save and end."""
+        for running in self.running.values():
+            running.process.terminate()
+        for running in self.running.values():
+            try:
+                running.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                running.process.kill()
+                running.process.wait()
+            running.claim.close()
+        self.running.clear()
+
+
+def _on_signal(number, frame) -> None:
+    raise Stopped
 
 
 def main(_) -> int:
     config = CONFIG.value
     if config is None or not WORKDIR.value:
-        raise ValueError("give --config=configs/study.py:demo (or :real) and --workdir=FOLDER")
-    folder = Path(WORKDIR.value)
-    began = time.monotonic()
-    number = 0
-    for number, step in enumerate(study_steps.steps(config, folder), start=1):
-        run_step(step, number, study_steps.count(config), folder)
-    print(study_table.text(config, folder))
-    print(f"{number} steps, {(time.monotonic() - began) / 60:.1f} minutes\nreport: {study_steps.report(folder)}")
+        raise ValueError("give --config=configs/study.py:demo (or :simulated, or :real) and --workdir=FOLDER")
+    folder, began = Path(WORKDIR.value), time.monotonic()
+    study_plan.check(config, folder)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _on_signal)
+    try:
+        steps = Study(config, folder, JOBS.value).to_the_end()
+    except Stopped:
+        print("stopped; the same command goes on", flush=True)
+        return REQUEUE
+    print(study_result.text(folder))
+    print(f"{steps} steps, {(time.monotonic() - began) / 60:.1f} minutes\nreport: {study_result.page(folder)}")
     return 0
 
 

@@ -1,42 +1,39 @@
-"""The steps of a study: which command makes what, in order. Nothing is run here."""
+"""One step of a study: a command or an action, what it needs, and the note that says it is done."""
 
+import contextlib
+import fcntl
 import json
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline import atomic, cohorts
-from data_pipeline.store import Store
+from data_pipeline import atomic
 
 LAUNCH = Path(__file__).resolve().parent
-CONFIGS = LAUNCH.parent / "configs"
-COHORTS = ("source", "target")
-ZERO_SHOT = "zero_shot"
-SIMULATED = "Simulated data: these numbers say that the software works, nothing about patients."
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the study.
+    """What is done at once by one process.
 
     Attributes:
-      name: unique; also the name of the note that says it is done.
-      argv: the command.
-      prepare: what has to be there before it runs.
+      name: unique; also the name of its note, its log and its claim.
+      argv: the command; empty for a step that only acts.
+      action: done in this process, before the command.
+      needs: names of the steps that must be done before.
     """
 
     name: str
-    argv: tuple[str, ...]
-    prepare: Callable[[], None] = lambda: None
+    argv: tuple[str, ...] = ()
+    action: Callable[[], None] = lambda: None
+    needs: tuple[str, ...] = ()
 
     def shown(self) -> str:
         """The command as one would type it."""
         return shlex.join(["python", *self.argv[1:]])
-
-    def _note(self, folder: Path) -> Path:
-        return folder / "done" / f"{self.name}.json"
 
     def is_done(self, folder: Path) -> bool:
         """Whether the step is done, by this very command.
@@ -44,7 +41,7 @@ class Step:
         Raises:
           ValueError: it was done by another command.
         """
-        note = self._note(folder)
+        note = note_of(folder, self.name)
         if not note.is_file():
             return False
         if json.loads(note.read_text())["command"] != list(self.argv[1:]):
@@ -54,146 +51,60 @@ class Step:
 
     def mark_done(self, folder: Path, seconds: float) -> None:
         """Leaves a note that the step is done."""
-        self._note(folder).parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(self._note(folder), {"command": list(self.argv[1:]), "seconds": round(seconds, 1)})
+        note_of(folder, self.name).parent.mkdir(parents=True, exist_ok=True)
+        content = {"command": list(self.argv[1:]), "seconds": round(seconds, 1)}
+        atomic.write_json(note_of(folder, self.name), content)
+
+    def start(self, folder: Path, claim: int) -> subprocess.Popen | None:
+        """Acts, and starts the command if there is one; its output goes to the step's log.
+
+        Args:
+          claim: file descriptor of the claim. The command keeps it open, so that the step stays claimed while it
+            runs, even if the process that started it is killed.
+        """
+        self.action()
+        if not self.argv:
+            return None
+        log = log_of(folder, self.name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as out:
+            return subprocess.Popen(self.argv, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                    pass_fds=(claim,))
 
 
-def report(folder: Path) -> Path:
-    """The page to read at the end."""
-    return folder / "evaluation" / "report.html"
+def note_of(folder: Path, name: str) -> Path:
+    """The file that says a step is done, and how long it took."""
+    return folder / "done" / f"{name}.json"
+
+
+def log_of(folder: Path, name: str) -> Path:
+    """Where a step's command writes what it has to say."""
+    return folder / "logs" / f"{name}.log"
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says anything."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, name: str) -> Iterator[int | None]:
+    """The right to do a step, as the descriptor of a locked file; None if another process has it.
+
+    The system gives the lock back when all that hold it have ended, however they ended.
+    """
+    file = folder / "claims" / f"{name}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        yield stream.fileno()
 
 
 def launcher(name: str, *flags: str) -> tuple[str, ...]:
     """``python launch/<name>.py --flag ...``."""
     return (sys.executable, str(LAUNCH / f"{name}.py"), *(f"--{flag}" for flag in flags))
-
-
-def root_of(config, folder: Path, cohort: str) -> Path:
-    """The cohort's raw folder.
-
-    Raises:
-      ValueError: the config names none and does not simulate.
-    """
-    if config[cohort].root:
-        return Path(config[cohort].root)
-    if not config.simulate.enabled:
-        raise ValueError(f"no data: give --config.{cohort}.root=FOLDER of BraTS cases as downloaded, or use the "
-                         "variant configs/study.py:demo, which simulates both cohorts")
-    return folder / "cohorts" / cohort
-
-
-def is_simulated(config) -> bool:
-    """Whether any cohort of the study is simulated."""
-    return config.simulate.enabled and any(not config[cohort].root for cohort in COHORTS)
-
-
-def count(config) -> int:
-    """Number of steps."""
-    per_seed = (0 if config.pretrain.init_from else 1) + 2 + 2 * len(config.arms)
-    return (1 if is_simulated(config) else 0) + len(COHORTS) + per_seed * len(config.seeds) + 2
-
-
-def steps(config, folder: Path) -> Iterator[Step]:
-    """Every step in order. Later ones are drawn up when earlier ones are done: they read what those wrote."""
-    if is_simulated(config):
-        yield _simulate(config, folder)
-    for cohort in COHORTS:
-        yield _preprocess(config, folder, cohort)
-    source_runs, target_runs = {}, {}
-    for seed in config.seeds:
-        base = config.pretrain.init_from
-        if not base:
-            base = str(folder / "runs" / f"pretrain@{seed}")
-            yield _train(config, folder, f"pretrain@{seed}", "pretrain", "source", config.pretrain.overrides, seed)
-        for cohort, runs in (("source", source_runs), ("target", target_runs)):
-            runs[f"{ZERO_SHOT}@{seed}"] = folder / "predictions" / cohort / f"{ZERO_SHOT}@{seed}"
-            yield _predict(config, folder, cohort, f"{ZERO_SHOT}@{seed}", base)
-        for arm, file, overrides in config.arms:
-            run = f"{arm}@{seed}"
-            init = () if file == "scratch" else (f"init_from={base}",)
-            yield _train(config, folder, run, file, "target", (*init, *overrides), seed)
-            target_runs[run] = folder / "predictions" / "target" / run
-            yield _predict(config, folder, "target", run, str(folder / "runs" / run))
-    yield _evaluate(config, folder, "source", source_runs, "evaluation_source")
-    yield _evaluate(config, folder, "target", target_runs, "evaluation")
-
-
-def _simulate(config, folder: Path) -> Step:
-    s = config.simulate
-    which = "both" if all(not config[c].root for c in COHORTS) else next(c for c in COHORTS if not config[c].root)
-    argv = launcher(
-        "simulate", f"output={folder / 'cohorts'}", f"which={which}", f"source_cases={s.source_cases}",
-        f"target_cases={s.target_cases}", f"spacing_mm={s.spacing_mm}", f"seed={s.seed}",
-    )  # fmt: skip
-    return Step("simulate", argv)
-
-
-def _store(folder: Path, cohort: str) -> Path:
-    return folder / "stores" / cohort
-
-
-def _preprocess(config, folder: Path, cohort: str) -> Step:
-    c = config[cohort]
-    flags = [f"input={root_of(config, folder, cohort)}", f"output={_store(folder, cohort)}", f"seed={c.split_seed}"]
-    if c.splits:
-        flags.append(f"splits={c.splits}")
-    else:
-        flags += [f"val_fraction={c.val_fraction}", f"test_fraction={c.test_fraction}"]
-    return Step(f"preprocess_{cohort}", launcher("preprocess", *flags))
-
-
-def _train(config, folder: Path, run: str, file: str, cohort: str, overrides, seed: int) -> Step:
-    variant = f":{config.variant}" if config.variant else ""
-    fields = (f"data.store={_store(folder, cohort)}", f"seed={seed}", f"data.subset_seed={seed}", *overrides)
-    argv = launcher(
-        "train", f"config={CONFIGS / file}.py{variant}", f"workdir={folder / 'runs' / run}",
-        *(f"config.{field}" for field in fields),
-    )  # fmt: skip
-    return Step(f"train_{run}", argv)
-
-
-def _test_cases(folder: Path, cohort: str) -> Path:
-    return folder / "test_cases" / cohort
-
-
-def _predict(config, folder: Path, cohort: str, run: str, model: str) -> Step:
-    p = config.predict
-    flags = [
-        f"model={model}", f"input={_test_cases(folder, cohort)}", f"overlap={p.overlap}",
-        f"output={folder / 'predictions' / cohort / run}",
-    ]  # fmt: skip
-    if p.flips:
-        flags.append("flips")
-    if p.thresholds:
-        flags.append(f"thresholds={','.join(p.thresholds)}")
-    prepare = lambda: _link_test_cases(root_of(config, folder, cohort), _store(folder, cohort),  # noqa: E731
-                                       _test_cases(folder, cohort))
-    return Step(f"predict_{cohort}_{run}", launcher("predict", *flags), prepare)
-
-
-def _link_test_cases(root: Path, store: Path, target: Path) -> None:
-    """Makes ``target`` hold one folder of links per test case, so that other tools see just these cases.
-
-    Raises:
-      ValueError: the store has no test cases.
-    """
-    wanted = set(Store(store).split("test"))
-    if not wanted:
-        raise ValueError(f"{store} has no test cases; raise test_fraction or give a splits file with a list 'test'")
-    for case in cohorts.scan(root):
-        if case.case_id not in wanted:
-            continue
-        (target / case.case_id).mkdir(parents=True, exist_ok=True)
-        for file in (*case.images.values(), case.segmentation):
-            link = target / case.case_id / file.name
-            if not link.exists():
-                link.symlink_to(file.resolve())
-
-
-def _evaluate(config, folder: Path, cohort: str, runs: dict[str, Path], name: str) -> Step:
-    note = config.note or (SIMULATED if is_simulated(config) else "")
-    argv = launcher(
-        "evaluate", *(f"predictions={run}={path}" for run, path in runs.items()),
-        f"references={_test_cases(folder, cohort)}", f"output={folder / name}", f"note={note}",
-    )  # fmt: skip
-    return Step(f"evaluate_{cohort}", argv)

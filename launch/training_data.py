@@ -12,6 +12,7 @@ from data_pipeline import preprocess
 from data_pipeline.labels import REGIONS
 from data_pipeline.store import Store
 from data_pipeline.stream import make_stream
+from mednext_jax.train import experiment
 from mednext_jax.train.experiment import Data
 from mednext_jax.train.network import DataContract
 
@@ -103,7 +104,7 @@ def open_data(config: Mapping[str, Any], workdir: str | Path) -> Data:
         tuple(section["patch_voxels"]),
         section["batch_size"],
         section["foreground_fraction"],
-        config["seed"],
+        experiment.order_seed(config),
         weights=tuple(section["weights"]) or None,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),

@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "infer": {"nn", "peft", "infer"} | TOP,
     "evaluate": {"evaluate"},
     "train": {"nn", "peft", "infer", "evaluate", "train"} | TOP,
+    "study": {"evaluate", "study"},
     "convert": {"nn", "convert"} | TOP,
     "top": {"nn", "convert"} | TOP,  # loading grows kernels by UpKern
 }

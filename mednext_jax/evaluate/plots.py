@@ -76,7 +76,7 @@ def boxes(table: Table, metric: str) -> str:
         axes.set_ylabel(title(metric))
         if _is_share(metric):
             axes.set_ylim(-0.03, 1.03)
-        return _svg(figure)
+        return svg(figure)
 
 
 def paired_differences(table: Table, first: str, second: str, metric: str) -> str:
@@ -101,7 +101,7 @@ def paired_differences(table: Table, first: str, second: str, metric: str) -> st
             axes.set_xlabel("cases, sorted")
             axes.set_xticks([])
         panels[0].set_ylabel(f"{title(metric)}:\n{first} − {second}")
-        return _svg(figure)
+        return svg(figure)
 
 
 def bland_altman(table: Table, arm: str) -> str:
@@ -126,7 +126,7 @@ def bland_altman(table: Table, arm: str) -> str:
             axes.set_title(f"{region}  (n={difference.size})", fontsize=10)
             axes.set_xlabel("mean volume (ml)")
         panels[0].set_ylabel("predicted − true (ml)")
-        return _svg(figure)
+        return svg(figure)
 
 
 def dice_against_volume(table: Table) -> str:
@@ -163,7 +163,7 @@ def dice_against_volume(table: Table) -> str:
                 for a, arm in enumerate(arms)
             ]  # fmt: skip
             figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(arms)), frameon=False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _box(axes: Axes, x: float, values: np.ndarray, colour: str, marker: str) -> None:
@@ -187,7 +187,8 @@ def _is_share(metric: str) -> bool:
     return not metric.endswith(("_mm", "_mm3", "_tp", "_fp", "_fn"))
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A figure as SVG text, the same for the same figure."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()

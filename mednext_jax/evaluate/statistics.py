@@ -104,7 +104,7 @@ def bootstrap_mean(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
     values = np.atleast_2d(np.asarray(values, float))
     if values.shape[1] < 2:
         return NAN, NAN
-    return _interval(_resampled_means(values, (seed, 1), seed, resamples))
+    return interval(resampled_means(values, (seed, 1), seed, resamples))
 
 
 def compare(
@@ -113,10 +113,12 @@ def compare(
     higher_is_better: bool = True,
     seed: int = 0,
     resamples: int = RESAMPLES,
+    paired_seeds: bool = False,
 ) -> Comparison:
     """Compares (cases,) or (seeds, cases) values of two arms; column i of both is the same case.
 
-    The arms may have different numbers of seeds; their seeds are not paired.
+    The arms may have different numbers of seeds. With ``paired_seeds``, row i of both is the same repetition (the
+    same training cases, say), and every resample draws the same repetitions for both.
     """
     first, second = (np.atleast_2d(np.asarray(v, float)) for v in (first, second))
     if first.shape[1] != second.shape[1]:
@@ -128,10 +130,11 @@ def compare(
     difference[np.abs(difference) <= TIE] = 0.0
     low = high = NAN
     if both.sum() > 1:  # every resample draws the same cases for both arms, and each arm's own seeds
+        keys = (1, 1 if paired_seeds else 2)
         sides = [
-            _resampled_means(v[:, both], (seed, i), seed, resamples) for i, v in ((1, first), (2, second))
+            resampled_means(v[:, both], (seed, i), seed, resamples) for i, v in zip(keys, (first, second), strict=True)
         ]
-        low, high = _interval(sides[0] - sides[1])
+        low, high = interval(sides[0] - sides[1])
     better = difference if higher_is_better else -difference
     n = difference.size
     return Comparison(
@@ -184,7 +187,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def _resampled_means(values: np.ndarray, seed_key, case_key, resamples: int) -> np.ndarray:
+def resampled_means(values: np.ndarray, seed_key, case_key, resamples: int) -> np.ndarray:
     """(resamples,) means of (seeds, cases) values, drawn as counts of how often each seed and case came."""
     seeds, cases = (_draws(n, k, resamples) for n, k in zip(values.shape, (seed_key, case_key), strict=True))
     defined = ~np.isnan(values)
@@ -202,7 +205,8 @@ def _draws(n: int, key, resamples: int) -> np.ndarray:
     return np.ascontiguousarray(draws.T, float)
 
 
-def _interval(means: np.ndarray) -> tuple[float, float]:
+def interval(means: np.ndarray) -> tuple[float, float]:
+    """95% percentile interval of resampled means; (NaN, NaN) if none is defined."""
     means = means[~np.isnan(means)]
     if not means.size:
         return NAN, NAN

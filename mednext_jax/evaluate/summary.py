@@ -47,10 +47,11 @@ def _compare(table: Table, arms, regions, metric: str, seed: int, resamples: int
     found = {}
     for first, second in combinations(arms, 2):
         shared = sorted(set(table.cases(first)) & set(table.cases(second)))
+        paired = table.seeds(first) == table.seeds(second)
         for region in regions:
             values = (table.matrix(arm, region, metric, shared) for arm in (first, second))
             better = measure.higher_is_better(metric)
-            found[first, second, region, metric] = statistics.compare(*values, better, seed, resamples)
+            found[first, second, region, metric] = statistics.compare(*values, better, seed, resamples, paired)
     adjusted = statistics.holm([c.p for c in found.values()])
     return {key: replace(c, p_holm=p) for (key, c), p in zip(found.items(), adjusted, strict=True)}
 

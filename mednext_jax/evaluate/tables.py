@@ -61,6 +61,10 @@ class Table:
             arms.setdefault(run.partition(SEED_MARK)[0], []).append(run)
         return arms
 
+    def seeds(self, arm: str) -> list[str]:
+        """What stands behind the mark in the names of an arm's runs; [""] for a run without one."""
+        return [run.partition(SEED_MARK)[2] for run in self.arms[arm]]
+
     @property
     def regions(self) -> list[str]:
         return list(self._regions)

@@ -6,6 +6,7 @@ only worked around a fault of its activation checkpointing.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -220,6 +221,12 @@ def create_mednext(
 
 def parameter_shapes(model: MedNeXt) -> dict[str, jax.ShapeDtypeStruct]:
     """Path, shape and dtype of every parameter, without computing anything."""
+    return dict(_parameter_shapes(model))
+
+
+@functools.lru_cache(maxsize=64)
+def _parameter_shapes(model: MedNeXt) -> dict[str, jax.ShapeDtypeStruct]:
+    """Tracing a whole network takes seconds, and a run asks several times."""
     x = jax.ShapeDtypeStruct((1, *(DIVISOR,) * int(model.dim[0]), model.in_channels), jnp.float32)
     return flatten(jax.eval_shape(model.init, jax.random.key(0), x)["params"])
 

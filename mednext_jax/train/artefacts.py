@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mednext_jax import modeldir, peft
 from mednext_jax.nn import paths
 from mednext_jax.train.experiment import Experiment
@@ -51,6 +53,26 @@ def save_final(
             scores=provenance.get("scores"),
             provenance=provenance,
         )
+
+
+def costs(
+    experiment: Experiment, seconds_per_step: float | None, temporary_bytes: int | None
+) -> dict[str, Any]:
+    """What a run trains and what a step of it takes on this machine; None where that is not known.
+
+    Args:
+      seconds_per_step: mean over the last steps.
+      temporary_bytes: of the compiled step, per device.
+    """
+    trainable, frozen = (sum(x.size for x in part.values()) for part in (experiment.trainable, experiment.frozen))
+    return {
+        "trainable": trainable,
+        "parameters": trainable + frozen,
+        "seconds_per_step": seconds_per_step,
+        "temporary_bytes": temporary_bytes,
+        "peak_device_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        "device": jax.devices()[0].device_kind,
+    }
 
 
 def _save(

@@ -15,6 +15,12 @@ TIMED_STEPS = 3
 CPU_VOXELS = 64**3  # a CPU takes minutes for a step of 128^3, and more memory than most have
 
 
+def cost(config: Mapping[str, Any]) -> peft.Cost:
+    """Parameters and counted arithmetic of what a config trains; nothing is compiled."""
+    methods, data = [experiment.method_of(config)], config["data"]
+    return peft.costs(methods, network.planned(config)[0], data["patch_voxels"], data["batch_size"])[0]
+
+
 def report(config: Mapping[str, Any]) -> str:
     """The parameter summary of the config's method and a table of costs: full fine-tuning, then the method.
 

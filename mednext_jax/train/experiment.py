@@ -170,9 +170,14 @@ def batch_shapes(config: Mapping[str, Any], channels: int) -> dict[str, jax.Shap
     }
 
 
+def order_seed(config: Mapping[str, Any]) -> int:
+    """What decides the order of cases, the places of patches and the augmentation."""
+    return config["seed"] if config["data"]["order_seed"] < 0 else config["data"]["order_seed"]
+
+
 def initial_state(config: Mapping[str, Any], experiment: Experiment) -> train_step.TrainState:
     """The state before the first step, on the host."""
     state = train_step.init_state(
-        experiment.trainable, experiment.tx, config["seed"], use_ema=config["optim"]["ema_decay"] > 0
+        experiment.trainable, experiment.tx, order_seed(config), use_ema=config["optim"]["ema_decay"] > 0
     )
     return devices.to_host(state)

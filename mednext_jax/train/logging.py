@@ -12,8 +12,16 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+# tensorboardX imports PyTorch wherever it is installed, which takes seconds, for tensors that we never hand it.
+_HIDDEN = {} if "torch" in sys.modules else {"torch": None}
+sys.modules.update(_HIDDEN)
+try:
+    from tensorboardX import SummaryWriter
+finally:
+    for _name in _HIDDEN:
+        del sys.modules[_name]
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION = "val/"  # prefix of validation scores
@@ -55,7 +63,8 @@ class RunLog:
 
     def __init__(self, workdir: Path, first_step: int, validated_step: int, total_steps: int, active: bool):
         self.active, self.total_steps = active, total_steps
-        self._since, self._seconds_per_step, self._timed_steps = None, math.nan, 0
+        self.seconds_per_step: float | None = None  # mean since the last pause
+        self._since, self._timed_steps = None, 0
         if not active:
             return
         truncate_metrics(workdir / METRICS_FILE, first_step, validated_step)
@@ -91,7 +100,7 @@ class RunLog:
         now = time.monotonic()
         if self._since is not None:
             self._timed_steps += 1
-            self._seconds_per_step = (now - self._since) / self._timed_steps
+            self.seconds_per_step = (now - self._since) / self._timed_steps
         else:
             self._since = now
         if self.active and self._bar is not None:
@@ -103,9 +112,9 @@ class RunLog:
 
     def progress(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows loss, learning rate, step time and time left."""
-        seconds = self._seconds_per_step
+        seconds = self.seconds_per_step
         timing = ""
-        if math.isfinite(seconds):
+        if seconds is not None:
             timing = f"  {seconds:.3g} s/step  left {_clock(seconds * (self.total_steps - step))}"
             if self.active:
                 self._board.add_scalar("seconds_per_step", seconds, step)

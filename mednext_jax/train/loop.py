@@ -36,8 +36,8 @@ def fit(config: Any, data: experiment.Data, folder: str | Path) -> dict[str, Any
       data: what to train and validate on.
       folder: the workdir.
 
-    Returns: ``{"step", "best_step", "best_score", "scores"}``, also written to ``result.json``; the scores
-      are the last validation's.
+    Returns: ``{"step", "best_step", "best_score", "scores", "cost"}``, also written to ``result.json``; the
+      scores are the last validation's.
 
     Raises:
       ValueError, OSError: one line for the user: config, data, files or numbers that do not fit.
@@ -47,6 +47,7 @@ def fit(config: Any, data: experiment.Data, folder: str | Path) -> dict[str, Any
     experiment.check_config(config)
     if config["deterministic"]:
         devices.check_deterministic()
+    validation.check_score(config["eval"]["score"], data.contract.regions)
     mesh = devices.make_mesh(config["n_devices"])
     devices.check_batch_size(config["data"]["batch_size"], config["optim"]["accumulate"], mesh)
     lock = workdir.Lock(folder) if jax.process_index() == 0 else None
@@ -55,9 +56,7 @@ def fit(config: Any, data: experiment.Data, folder: str | Path) -> dict[str, Any
         workdir.check_shared(folder)
         try:
             with preemption.StopRequests() as stop:
-                run = Run(
-                    config, data, folder, checkpoints, mesh, begin(config, data, folder, checkpoints, mesh)
-                )
+                run = Run(config, data, folder, checkpoints, mesh, begin(config, data, folder, checkpoints, mesh))
                 try:
                     return run.to_the_end(stop)
                 finally:
@@ -93,8 +92,7 @@ class Run:
             self.plateau.set_state(self.progress.plateau)
         self.primary = jax.process_index() == 0
         self.log = RunLog(folder, self.step, self.progress.validated_step, self.total_steps, self.primary)
-        for line in (*report, peft.summary(peft.merge_trees(self.parts.trainable, self.parts.frozen),
-                                           self.parts.method.rule)):  # fmt: skip
+        for line in (*report, peft.summary(self.parts.parameters(self.parts.trainable), self.parts.method.rule)):
             self.log.say(line)
         self.shard_optimizer = config["optim"]["shard_state"]
         shardings = state_shardings(mesh, state, self.shard_optimizer)
@@ -104,6 +102,7 @@ class Run:
         self.position = data.stream.get_state()
         self.running: deque[jax.Array] = deque()  # the loss of each step that may still be at work
         self.unread: list[tuple[int, list[str], dict[str, Any]]] = []  # metrics still on the device
+        self.temporary_bytes: int | None = None
 
     def to_the_end(self, stop: preemption.StopRequests) -> dict[str, Any]:
         """Steps, log lines, validations and checkpoints until the last step or early stopping."""
@@ -135,10 +134,9 @@ class Run:
         """The compiled step; says how long it took and what it costs."""
         started = time.monotonic()
         batch = experiment.batch_shapes(self.config, len(self.data.contract.channels))
-        compiled = compile_step(
-            self.parts.step, self.mesh, self.state, self.frozen, batch, self.shard_optimizer
-        )
+        compiled = compile_step(self.parts.step, self.mesh, self.state, self.frozen, batch, self.shard_optimizer)
         costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+        self.temporary_bytes = getattr(memory, "temp_size_in_bytes", None)
         self.log.say(
             f"compiled in {time.monotonic() - started:.1f} s for {self.mesh.devices.size} "
             f"{jax.devices()[0].device_kind} device(s): {costs.get('flops', math.nan) / 1e9:.3g} GFLOP and "
@@ -190,9 +188,8 @@ class Run:
             self.log.say(f"skipped {what}")
             if self.bad_steps > limit:
                 raise Diverged(
-                    f"{what}; {self.bad_steps} bad step(s), config.max_bad_steps allows {limit}: look at "
-                    "these cases, lower config.optim.peak_lr or allow more; the checkpoints in "
-                    f"{self.folder} are from before"
+                    f"{what}; {self.bad_steps} bad step(s), config.max_bad_steps allows {limit}: look at these cases, "
+                    f"lower config.optim.peak_lr or allow more; the checkpoints in {self.folder} are from before"
                 )
 
     def write_metrics(self) -> None:
@@ -235,17 +232,18 @@ class Run:
             self.parts.info.output,
             self.data.contract.regions,
             lambda: bool(stop.signal_number) and jax.process_count() == 1,
+            self.config["eval"]["score"],
         )
-        progress, mean = self.progress, scores["mean"]
+        progress, score = self.progress, scores[self.config["eval"]["score"]]
         progress.validated_step, progress.stale = self.step, progress.stale + 1
         progress.scores = {name: value for name, value in scores.items() if not math.isnan(value)}
-        better = mean > (-math.inf if progress.best_score is None else progress.best_score)
+        better = score > (-math.inf if progress.best_score is None else progress.best_score)
         if better:
-            progress.best_score, progress.best_step, progress.stale = mean, self.step, 0
+            progress.best_score, progress.best_step, progress.stale = score, self.step, 0
             if self.primary:
                 artefacts.save_best(self.folder, self.parts, devices.to_host(trainable), self.provenance())
         if self.config["optim"]["schedule"] == "plateau":
-            self.plateau.update(mean)
+            self.plateau.update(score)
             progress.plateau = self.plateau.get_state()
         self.log.record(self.step, {VALIDATION + name: value for name, value in scores.items()})
         dice = "  ".join(f"{name} {scores[name]:.4f}" for name in (*self.data.contract.regions, "mean"))
@@ -262,7 +260,8 @@ class Run:
             "progress": dataclasses.asdict(self.progress),
             "config": self.config,
         }
-        score = self.progress.scores.get("mean") if self.step == self.progress.validated_step else None
+        name = self.config["eval"]["score"]
+        score = self.progress.scores.get(name) if self.step == self.progress.validated_step else None
         self.checkpoints.save(self.step, self.state, records, score)
         self.saved_step = self.step
 
@@ -288,6 +287,7 @@ class Run:
             "best_step": self.progress.best_step,
             "best_score": self.progress.best_score,
             "scores": self.progress.scores,
+            "cost": artefacts.costs(self.parts, self.log.seconds_per_step, self.temporary_bytes),
         }
         if self.primary:
             use_best = self.progress.best_score is not None

@@ -8,6 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mednext_jax.evaluate import overlap
+from mednext_jax.infer.postprocess import PostProcess
 from mednext_jax.infer.sliding_window import SlidingWindow
 
 THRESHOLD = 0.5
@@ -18,6 +19,20 @@ LoadCase = Callable[[str], tuple[np.ndarray, np.ndarray]]
 
 class Stopped(Exception):
     """Validation was abandoned because the run was asked to stop."""
+
+
+def label_of(score: str) -> int | None:
+    """The label that ``config.eval.score`` names, as in "label1"; None for "mean" and regions."""
+    name, number = score[:5], score[5:]
+    return int(number) if name == "label" and number.isdecimal() else None
+
+
+def check_score(score: str, regions: Regions) -> None:
+    """Raises ValueError if ``config.eval.score`` names neither the mean, nor a region, nor a label."""
+    if score not in ("mean", *regions) and label_of(score) not in (1, 2, 3):
+        raise ValueError(
+            f"config.eval.score is {score!r}; it must be mean, {', '.join(regions)}, or label1, label2, label3"
+        )
 
 
 def predicted_masks(outputs: np.ndarray, output: str, regions: Regions) -> dict[str, np.ndarray]:
@@ -59,8 +74,11 @@ def validate(
     output: str,
     regions: Regions,
     stop: Callable[[], bool] = lambda: False,
+    score: str = "mean",
 ) -> dict[str, float]:
     """Dice of WT, TC, ... over whole cases, see :func:`average`. With several processes each takes its share.
+
+    A ``score`` that names a label ("label1") is measured too, on the label map; it has no part in the mean.
 
     Args:
       window: gives probabilities for a volume.
@@ -70,16 +88,24 @@ def validate(
 
     Raises: Stopped if ``stop()`` became true.
     """
-    dice = np.full((len(case_ids), len(regions)), np.nan, np.float32)
+    named = label_of(score)
+    columns = dict(regions) if named is None else {**regions, score: (named,)}
+    dice = np.full((len(case_ids), len(columns)), np.nan, np.float32)
     for row in range(jax.process_index(), len(case_ids), jax.process_count()):
         if stop():
             raise Stopped
         image, label = load(case_ids[row])
-        predicted = predicted_masks(window.predict(params, np.asarray(image)), output, regions)
-        truth = overlap.region_masks(np.asarray(label), regions)
-        dice[row] = [overlap.dice(predicted[name], truth[name]) for name in regions]
+        outputs = window.predict(params, np.asarray(image))
+        predicted = predicted_masks(outputs, output, regions)
+        if named is not None:
+            predicted[score] = PostProcess()(outputs, output, regions, (1.0, 1.0, 1.0)) == named
+        truth = overlap.region_masks(np.asarray(label), columns)
+        dice[row] = [overlap.dice(predicted[name], truth[name]) for name in columns]
     if jax.process_count() > 1:
         shares = multihost_utils.process_allgather(dice)  # (processes, cases, regions)
         rows = np.arange(len(case_ids))
         dice = np.asarray(shares)[rows % jax.process_count(), rows]
-    return average(dice.astype(np.float64), regions)
+    scores = average(dice[:, : len(regions)].astype(np.float64), regions)
+    if named is not None:
+        scores[score] = average(dice[:, len(regions) :].astype(np.float64), {score: (named,)})["mean"]
+    return scores

@@ -1,6 +1,7 @@
 """The study's plan: which commands run, in which order, and what happens when one of them stops."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 
+import study_plan  # noqa: E402
+import study_runs  # noqa: E402
 import study_steps  # noqa: E402
 
 from configs import study as study_config  # noqa: E402
@@ -20,29 +23,86 @@ def run(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
 
 
+def plan(config, folder) -> dict[str, study_steps.Step]:
+    steps = study_plan.plan(config, folder)
+    assert len({step.name for step in steps}) == len(steps)
+    return {step.name: step for step in steps}
+
+
+def finish(folder: Path, run: study_runs.Run, score: float) -> None:
+    """Leaves the result that a training run would leave."""
+    (folder / "runs" / run.name).mkdir(parents=True)
+    (folder / "runs" / run.name / "result.json").write_text(json.dumps({"best_score": score}))
+
+
 def test_every_arm_is_trained_then_predicts_and_all_are_evaluated_once(tmp_path):
     config = study_config.get_config("demo")
-    names = [step.name for step in study_steps.steps(config, tmp_path)]
-    assert len(names) == len(set(names)) == study_steps.count(config)
+    names = list(plan(config, tmp_path))
     assert names[:3] == ["simulate", "preprocess_source", "preprocess_target"]
-    for arm, _, _ in config.arms:
-        assert names.index(f"train_{arm}@0") + 1 == names.index(f"predict_target_{arm}@0")
-    assert names[-2:] == ["evaluate_source", "evaluate_target"]
+    for arm in config.arms:
+        assert names.index("protocol") < names.index(f"train_{arm}@0") < names.index(f"predict_target_{arm}@0")
+    assert names[-3:] == ["evaluate_evaluation_source", "evaluate_evaluation", "result"]
+
+
+def test_no_test_case_is_predicted_before_the_protocol_and_all_training(tmp_path):
+    steps = plan(study_config.get_config("demo"), tmp_path)
+    training = {name for name in steps if name.startswith("train_") and name != "train_pretrain@0"}
+    for name, step in steps.items():
+        if name.startswith("predict_"):
+            assert {"protocol", *training} <= set(step.needs)
 
 
 def test_every_arm_but_scratch_starts_from_the_same_pretrained_network(tmp_path):
-    steps = {step.name: step.argv for step in study_steps.steps(study_config.get_config("demo"), tmp_path)}
+    steps = plan(study_config.get_config("demo"), tmp_path)
     base = f"--config.init_from={tmp_path / 'runs' / 'pretrain@0'}"
-    assert base in steps["train_full@0"] and base in steps["train_conv_adapter@0"]
-    assert not any("init_from" in word for word in steps["train_scratch@0"])
+    assert base in steps["train_full@0"].argv and base in steps["train_conv_adapter@0"].argv
+    assert not any("init_from" in word for word in steps["train_scratch@0"].argv)
 
 
-def test_seeds_multiply_the_arms_and_change_weights_and_subset(tmp_path):
+def test_subset_initialisation_and_order_have_seeds_of_their_own(tmp_path):
     config = study_config.get_config("demo")
-    config.seeds = (3, 4)
-    steps = {step.name: step.argv for step in study_steps.steps(config, tmp_path)}
-    assert len(steps) == study_steps.count(config)
-    assert {"--config.seed=4", "--config.data.subset_seed=4"} <= set(steps["train_full@4"])
+    config.subset_seeds, config.init_seeds, config.order_seeds = (5, 6, 7, 8), (1, 2), (3, 4)
+    steps = plan(config, tmp_path)
+    wanted = {"--config.data.subset_seed=7", "--config.seed=1", "--config.data.order_seed=3"}
+    assert wanted <= set(steps["train_full@2"].argv)
+    assert [name for name in steps if name.startswith("train_pretrain")] == ["train_pretrain@1", "train_pretrain@2"]
+    config.crossed = True
+    assert sum(name.startswith("train_full@") for name in plan(config, tmp_path)) == 4 * 2
+
+
+def test_nothing_final_is_planned_before_every_arms_learning_rate_is_chosen(tmp_path):
+    config = study_config.get_config("simulated")
+    config.arms, config.ablations, config.few_shot.sizes = ("full", "lora"), (), ()
+    assert "protocol" not in plan(config, tmp_path)
+    for arm, best in (("full", 0), ("lora", 1)):
+        for trial in (-1, 0, 1):
+            for one in study_runs.trial_runs(config, arm, trial):
+                finish(tmp_path, one, -abs(trial - best))
+    names = plan(config, tmp_path)  # lora's best lies at the edge: one more trial
+    assert "train_trials_lora@2@0" in names and "protocol" not in names
+    for one in study_runs.trial_runs(config, "lora", 2):
+        finish(tmp_path, one, -1)
+    steps = plan(config, tmp_path)
+    assert "protocol" in steps and f"--config.optim.peak_lr={study_runs.trial_rate(config, 'lora', 1)}" in \
+        steps["train_lora@4"].argv
+    tuning = {seeds.subset for seeds in study_runs.replicates(config)}
+    assert all(one.seeds.subset not in tuning for one in study_runs.trial_runs(config, "lora", 0))
+
+
+def test_each_fault_changes_one_thing(tmp_path):
+    config = study_config.get_config("simulated")
+    rates = dict.fromkeys(config.arms, 1e-3)
+    clean = {one.name: one for one in study_runs.final_runs(config, rates)}
+    found = {one.name: one for one in study_runs.ablation_runs(config, rates)}
+    assert found["permuted_channels.full@1"].overrides == clean["full@1"].overrides
+    assert found["permuted_channels.full@1"].data == "permuted"
+    assert found["permuted_channels.full@1"].base == clean["full@1"].base == "pretrain@1"
+    assert found["joint_normalization.full@0"].base == "joint.pretrain@0"
+    assert set(found["legacy_adapters.paper_parallel@0"].overrides) - set(clean["paper_parallel@0"].overrides) == \
+        {"peft.legacy=True"}
+    changed = set(found["selection_by_label1.full@0"].overrides) - set(found["selection_by_mean.full@0"].overrides)
+    assert changed == {"eval.score=label1"}
+    assert any(o.startswith("optim.peak_lr=4e-09") for o in found["resumed_full.full@0"].overrides)
 
 
 def test_a_finished_step_is_skipped_but_not_when_its_command_was_another(tmp_path):
@@ -55,18 +115,37 @@ def test_a_finished_step_is_skipped_but_not_when_its_command_was_another(tmp_pat
     assert json.loads((tmp_path / "done" / "one.json").read_text())["seconds"] == 2.0
 
 
+def test_a_step_is_claimed_by_one_process_and_stays_claimed_while_its_command_runs(tmp_path):
+    step = study_steps.Step("sleeper", (sys.executable, "-c", "input()"))
+    read, write = os.pipe()
+    with study_steps.claimed(tmp_path, "sleeper") as claim, study_steps.claimed(tmp_path, "sleeper") as second:
+        assert claim is not None and second is None
+        log = open(tmp_path / "log", "wb")
+        process = subprocess.Popen(step.argv, stdin=read, stdout=log, stderr=log, pass_fds=(claim,))
+    with study_steps.claimed(tmp_path, "sleeper") as while_it_runs:
+        assert while_it_runs is None
+    os.write(write, b"\n")
+    process.wait(timeout=60)
+    for end in (read, write):
+        os.close(end)
+    log.close()
+    with study_steps.claimed(tmp_path, "sleeper") as afterwards:
+        assert afterwards is not None
+
+
 def test_a_study_without_data_says_in_one_line_what_to_do(tmp_path):
     result = run("--config=configs/study.py:real", f"--workdir={tmp_path / 'study'}")
     assert result.returncode == 1
     assert len(result.stderr.strip().splitlines()) == 1 and "--config.source.root" in result.stderr
 
 
-def test_a_failing_step_ends_the_study_with_its_name_and_command(tmp_path):
+def test_a_failing_step_ends_the_study_with_its_name_its_message_and_its_command(tmp_path):
     (tmp_path / "empty").mkdir()
     result = run(
-        "--config=configs/study.py:real", f"--workdir={tmp_path / 'study'}",
+        "--config=configs/study.py:real", f"--workdir={tmp_path / 'study'}", "--config.ablations=()",
         f"--config.source.root={tmp_path / 'empty'}", f"--config.target.root={tmp_path / 'empty'}",
     )  # fmt: skip
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: step 'preprocess_source' ended with exit code 1") and "launch/preprocess.py" in last
+    assert last.startswith("error: step 'preprocess_source' ended with exit code 1")
+    assert "no BraTS case" in last and "launch/preprocess.py" in last

@@ -1,0 +1,161 @@
+"""The cohorts of a study: where they come from, their stores and test cases, and their versions with a fault."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from study_runs import faulty_data
+from study_steps import Step, launcher
+
+from data_pipeline import cohorts, labels, nifti, preprocess
+from data_pipeline.store import Store
+
+NAMES = ("source", "target")
+SIMULATED = "Simulated data: these numbers say that the software works, nothing about patients."
+OF_FILES = ("permuted", "squeezed")  # faults that are in the files; the other is in the preprocessing
+
+
+def check(config: Any, cohort: str) -> None:
+    """Raises ValueError if the config names no data of a cohort and does not simulate it."""
+    c = config[cohort]
+    if c.root and c.store:
+        raise ValueError(f"config.{cohort}.root and config.{cohort}.store are both given: one of them is enough")
+    if c.store and config.ablations:
+        raise ValueError(f"the ablations need raw scans: give --config.{cohort}.root=FOLDER or --config.ablations='()'")
+    if not (c.root or c.store or config.simulate.enabled):
+        raise ValueError(f"no data: give --config.{cohort}.root=FOLDER of BraTS cases as downloaded, or use the "
+                         "variant configs/study.py:demo, which simulates both cohorts")
+
+
+def is_simulated(config: Any) -> bool:
+    """Whether any cohort of the study is simulated."""
+    return any(_simulates(config, cohort) for cohort in NAMES)
+
+
+def note(config: Any) -> str:
+    """The line on top of every report."""
+    return config.note or (SIMULATED if is_simulated(config) else "")
+
+
+def steps(config: Any, folder: Path) -> list[Step]:
+    """Simulation, faulty versions and stores."""
+    found = [_simulate(config, folder)] if is_simulated(config) else []
+    for data in ("", *faulty_data(config)):
+        for cohort in NAMES:
+            if config[cohort].store or (data == "permuted" and cohort == "source"):
+                continue
+            if data in OF_FILES:
+                found.append(_fault(config, folder, cohort, data))
+            found.append(_preprocess(config, folder, cohort, data))
+    return found
+
+
+def store(config: Any, folder: Path, cohort: str, data: str) -> tuple[Path, tuple[str, ...]]:
+    """The store to train on, and the step that makes it."""
+    if config[cohort].store:
+        return Path(config[cohort].store), ()
+    return folder / "stores" / _version(cohort, data), (f"preprocess_{_version(cohort, data)}",)
+
+
+def test_cases(config: Any, folder: Path, cohort: str) -> list[str]:
+    """The ids of a cohort's test cases.
+
+    Raises: ValueError if there is none.
+    """
+    path, _ = store(config, folder, cohort, "")
+    found = Store(path).split("test")
+    if not found:
+        raise ValueError(f"{path} has no test cases; raise config.{cohort}.test_fraction or give "
+                         f"config.{cohort}.splits with a list 'test'")
+    return list(found)
+
+
+def references(config: Any, folder: Path, cohort: str, data: str) -> Path:
+    """Folder of the test cases' true segmentations, on the grid on which they are scored."""
+    return folder / "test_cases" / _version(cohort, data if data == "squeezed" else "")
+
+
+def prediction(config: Any, folder: Path, cohort: str, data: str) -> tuple[list[str], Callable[[], None]]:
+    """Flags that give launch/predict.py the test cases, and what puts them there."""
+    if config[cohort].store:
+        target = references(config, folder, cohort, data)
+        return [f"input={config[cohort].store}", "split=test"], lambda: _write_references(
+            Path(config[cohort].store), target)
+    version = _version(cohort, data if data in OF_FILES else "")
+    target = folder / "test_cases" / version
+    return [f"input={target}"], lambda: _link(_raw(config, folder, cohort, data), test_cases(config, folder, cohort),
+                                              target)
+
+
+def _version(cohort: str, data: str) -> str:
+    return f"{cohort}_{data}" if data else cohort
+
+
+def _simulates(config: Any, cohort: str) -> bool:
+    return config.simulate.enabled and not (config[cohort].root or config[cohort].store)
+
+
+def _raw(config: Any, folder: Path, cohort: str, data: str) -> Path:
+    if data in OF_FILES:
+        return folder / "cohorts" / _version(cohort, data)
+    return Path(config[cohort].root) if config[cohort].root else folder / "cohorts" / cohort
+
+
+def _simulate(config: Any, folder: Path) -> Step:
+    s = config.simulate
+    which = "both" if all(_simulates(config, c) for c in NAMES) else next(c for c in NAMES if _simulates(config, c))
+    argv = launcher(
+        "simulate", f"output={folder / 'cohorts'}", f"which={which}", f"source_cases={s.source_cases}",
+        f"target_cases={s.target_cases}", f"spacing_mm={s.spacing_mm}", f"seed={s.seed}",
+    )  # fmt: skip
+    return Step("simulate", argv)
+
+
+def _fault(config: Any, folder: Path, cohort: str, data: str) -> Step:
+    fault = {"permuted": "permuted_channels", "squeezed": "squeezed"}[data]
+    argv = launcher(
+        "fault", f"fault={fault}", f"input={_raw(config, folder, cohort, '')}",
+        f"output={_raw(config, folder, cohort, data)}",
+        f"voxels={','.join(map(str, config.ablation.squeezed_voxels))}",
+    )  # fmt: skip
+    return Step(f"fault_{_version(cohort, data)}", argv, needs=("simulate",) if _simulates(config, cohort) else ())
+
+
+def _preprocess(config: Any, folder: Path, cohort: str, data: str) -> Step:
+    c = config[cohort]
+    path, _ = store(config, folder, cohort, data)
+    flags = [f"input={_raw(config, folder, cohort, data)}", f"output={path}", f"seed={c.split_seed}"]
+    if data == "joint":
+        flags.append("normalization=zscore_joint")
+    if c.splits:
+        flags.append(f"splits={c.splits}")
+    else:
+        flags += [f"val_fraction={c.val_fraction}", f"test_fraction={c.test_fraction}"]
+    needs = (f"fault_{_version(cohort, data)}",) if data in OF_FILES else ("simulate",) if _simulates(config, cohort) \
+        else ()
+    return Step(f"preprocess_{_version(cohort, data)}", launcher("preprocess", *flags), needs=needs)
+
+
+def _link(root: Path, wanted: list[str], target: Path) -> None:
+    """Makes ``target`` hold one folder of links per test case, so that other tools see just these cases."""
+    chosen = set(wanted)
+    for case in cohorts.scan(root):
+        if case.case_id not in chosen:
+            continue
+        (target / case.case_id).mkdir(parents=True, exist_ok=True)
+        for file in (*case.images.values(), case.segmentation):
+            link = target / case.case_id / file.name
+            if not link.exists():
+                link.symlink_to(file.absolute())
+
+
+def _write_references(path: Path, target: Path) -> None:
+    """Writes the true segmentations of a store's test cases, each in its own space and scheme."""
+    held = Store(path)
+    for case_id in held.split("test"):
+        file = target / f"{case_id}.nii.gz"
+        if not file.exists():
+            _, label, record = held.load(case_id)
+            native = preprocess.restore(labels.from_canonical(label, record["label_scheme"]), record)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            nifti.write_like(file, native, record)

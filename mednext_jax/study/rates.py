@@ -1,0 +1,50 @@
+"""Learning rates of an arm: a grid that starts small and grows while its best rate lies at an edge.
+
+A trial is a whole number k and stands for ``centre * factor ** k``. Scores that are not numbers (a run that diverged,
+a region that was never there) lose against any number.
+"""
+
+import math
+from collections.abc import Mapping
+
+Scores = Mapping[int, float]
+
+
+def rate(centre: float, factor: float, trial: int) -> float:
+    """The learning rate of a trial, to two significant digits, so that files and tables show what was used."""
+    return float(f"{centre * factor**trial:.2g}")
+
+
+def wanted(scores: Scores, trials: int, max_trials: int) -> list[int]:
+    """Trials to run next: the first grid, then one beyond the edge that holds the best; [] once that is settled.
+
+    Args:
+      scores: of the trials that were run.
+      trials: size of the first grid, the same for every arm.
+      max_trials: where growing ends.
+    """
+    first = [k - trials // 2 for k in range(trials)]
+    missing = [k for k in first if k not in scores]
+    if missing:
+        return missing
+    if len(scores) >= max_trials:
+        return []
+    best = chosen(scores)
+    return [k for k in (best - 1, best + 1) if k not in scores][:1]
+
+
+def chosen(scores: Scores) -> int:
+    """The trial with the highest score; of equal ones the smallest rate.
+
+    Raises: ValueError if no trial has a score.
+    """
+    known = {k: score for k, score in scores.items() if not math.isnan(score)}
+    if not known:
+        raise ValueError("no learning rate gave a score: lower the recipe's own rate")
+    return min(known, key=lambda k: (-known[k], k))
+
+
+def is_interior(scores: Scores) -> bool:
+    """Whether the chosen trial has a worse or equal neighbour on both sides."""
+    best = chosen(scores)
+    return best - 1 in scores and best + 1 in scores
