@@ -29,12 +29,9 @@ class MedNeXtBlock(InvertedBottleneck):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         check_dim(x, self.dim)
-        y = self.branch(x)
-        if self.do_res:
-            if y.shape != x.shape:
-                raise ValueError(f"do_res adds the input, so {x.shape[-1]} channels cannot become {y.shape[-1]}")
-            y = x + y
-        return hosted(self, x, y)
+        if self.do_res and self.out_channels != x.shape[-1]:
+            raise ValueError(f"do_res adds the input, so {x.shape[-1]} channels cannot become {self.out_channels}")
+        return hosted(self, x, self.branch(x, x if self.do_res else None))
 
 
 class MedNeXtDownBlock(InvertedBottleneck):
@@ -50,12 +47,12 @@ class MedNeXtDownBlock(InvertedBottleneck):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         check_dim(x, self.dim)
-        y = self.branch(x)
+        residual = None
         if self.do_res:
             res_conv = Conv(self.out_channels, (1,) * (x.ndim - 2), adapters=self.adapters, name="res_conv")
             every_second = x[(slice(None), *(slice(None, None, 2),) * (x.ndim - 2))]
-            y = y + pointwise(every_second, res_conv(x.shape[-1]))
-        return hosted(self, x, y)
+            residual = pointwise(every_second, res_conv(x.shape[-1]))
+        return hosted(self, x, self.branch(x, residual))
 
 
 class MedNeXtUpBlock(InvertedBottleneck):
@@ -72,12 +69,12 @@ class MedNeXtUpBlock(InvertedBottleneck):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         check_dim(x, self.dim)
-        y = self.branch(x)
+        residual = None
         if self.do_res:
             res_conv = Conv(self.out_channels, (1,) * (x.ndim - 2), adapters=self.adapters, name="res_conv")
             weights = res_conv(x.shape[-1])
-            y = y + _spread(pointwise(x, weights), pointwise(jnp.zeros((x.shape[-1],), x.dtype), weights))
-        return hosted(self, x, front_plane(y))
+            residual = _spread(pointwise(x, weights), pointwise(jnp.zeros((x.shape[-1],), x.dtype), weights))
+        return hosted(self, x, front_plane(self.branch(x, residual)))
 
 
 class OutBlock(nn.Module):

@@ -1,16 +1,7 @@
-"""The inverted bottleneck that every MedNeXt block is: depthwise convolution, norm, expansion, GELU, compression.
-
-Memory is what limits 3-D training, and the expanded activations (2 to 8 times the block's input) are the hog. They
-are never stored: the second half of the block is recomputed in the backward pass, and on CPU, where a slab of them
-fits the cache, it runs slab by slab so that they never even reach memory.
-"""
-
-import math
-from collections.abc import Callable
+"""The inverted bottleneck that every MedNeXt block is: depthwise convolution, norm, expansion, GELU, compression."""
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from mednext_jax.nn.adapters import Adapter, at_site
@@ -21,14 +12,15 @@ from mednext_jax.nn.layers import (
     Weights,
     channel_norm,
     channel_statistics,
+    gelu,
     layer_norm,
     pointwise,
     response_norm,
     spatial_conv,
 )
+from mednext_jax.nn.second_half import norm_mlp
 
 NORMS = ("group", "layer")
-SLAB_BYTES = 2**20  # of expanded activations; about half of one core's second-level cache
 
 
 class InvertedBottleneck(nn.Module):
@@ -70,8 +62,8 @@ class InvertedBottleneck(nn.Module):
     def __call__(self, x: Array) -> Array:
         return self.branch(x)
 
-    def branch(self, x: Array) -> Array:
-        """The block without its residual; to be called inside a compact method."""
+    def branch(self, x: Array, onto: Array | None = None) -> Array:
+        """The block, added to ``onto`` (its residual) if given; to be called inside a compact method."""
         if self.norm_type not in NORMS:
             raise ValueError(f"norm_type must be one of {', '.join(NORMS)}; got {self.norm_type!r}")
         channels, ones = x.shape[-1], (1,) * (x.ndim - 2)
@@ -88,7 +80,7 @@ class InvertedBottleneck(nn.Module):
                    self.param("grn_beta", nn.initializers.zeros, width))  # fmt: skip
         y = spatial_conv(x, conv1, groups, 2 if self.mode == "down" else 1, self.mode == "up")
         y = self._convolution_adapters(x, y)
-        return self._second_half(y, norm, expand, compress, grn)
+        return self._second_half(y, onto, norm, expand, compress, grn)
 
     def _convolution_adapters(self, x: Array, y: Array) -> Array:
         base = y
@@ -101,50 +93,19 @@ class InvertedBottleneck(nn.Module):
             y = y + module(x if adapter.placement == "parallel" else base)
         return y
 
-    def _second_half(self, y: Array, norm: Weights, expand: Weights, compress: Weights, grn) -> Array:
-        """Norm, expansion, GELU, response norm and compression."""
-        if self.norm_type == "layer":
-            arguments = (norm, expand, compress, grn)
-            run = _layer_norm_mlp
-        else:
-            arguments = (*channel_statistics(y), norm, expand, compress, grn)
-            run = _channel_norm_mlp
-        if self.remat == "none":
-            return run(y, *arguments)
-        run = jax.checkpoint(run)
-        if grn is not None:  # needs whole-volume statistics of the expanded activations
-            return run(y, *arguments)
-        return by_slabs(lambda slab: run(slab, *arguments), y, self.exp_r * y.shape[-1] * 4)
+    def _second_half(
+        self, y: Array, onto: Array | None, norm: Weights, expand: Weights, compress: Weights, grn
+    ) -> Array:
+        """``onto`` + norm, expansion, GELU, response norm and compression of ``y``."""
+        if self.remat != "none" and self.norm_type == "group" and grn is None:
+            return norm_mlp(y, onto, (norm, expand, compress))
+        run = _plain_second_half if self.remat == "none" else jax.checkpoint(_plain_second_half, static_argnums=5)
+        out = run(y, norm, expand, compress, grn, self.norm_type)
+        return out if onto is None else onto + out
 
 
-def _layer_norm_mlp(y: Array, norm: Weights, expand: Weights, compress: Weights, grn) -> Array:
-    return _mlp(layer_norm(y, norm), expand, compress, grn)
-
-
-def _channel_norm_mlp(
-    y: Array, mean: Array, rstd: Array, norm: Weights, expand: Weights, compress: Weights, grn
-) -> Array:
-    return _mlp(channel_norm(y, mean, rstd, norm), expand, compress, grn)
-
-
-def _mlp(x: Array, expand: Weights, compress: Weights, grn) -> Array:
-    h = jax.nn.gelu(pointwise(x, expand), approximate=False)
-    if grn is not None:
-        h = response_norm(h, *grn)
-    return pointwise(h, compress)
-
-
-def by_slabs(f: Callable[[Array], Array], y: Array, bytes_per_voxel: int) -> Array:
-    """``f(y)`` for an f that treats voxels independently; on CPU slab by slab along the first spatial axis.
-
-    A slab holds about ``SLAB_BYTES`` of what f makes on its way. Elsewhere, f runs once: a GPU's compiler fuses it.
-    """
-    depth = y.shape[1]
-    wanted = SLAB_BYTES / (bytes_per_voxel * y.shape[0] * math.prod(y.shape[2:-1]))
-    thickness = max([d for d in range(1, depth + 1) if depth % d == 0 and d <= wanted], default=1)
-    if jax.default_backend() != "cpu" or thickness == depth:
-        return f(y)
-    slabs = y.reshape(y.shape[0], depth // thickness, thickness, *y.shape[2:])
-    out = jax.lax.map(f, jnp.moveaxis(slabs, 1, 0))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(y.shape[0], depth, *out.shape[3:])
+def _plain_second_half(y: Array, norm: Weights, expand: Weights, compress: Weights, grn, norm_type: str) -> Array:
+    """The whole array at once, differentiated by JAX: what response norm and layer norm need."""
+    n = layer_norm(y, norm) if norm_type == "layer" else channel_norm(y, *channel_statistics(y), norm)
+    h = gelu(pointwise(n, expand))
+    return pointwise(h if grn is None else response_norm(h, *grn), compress)

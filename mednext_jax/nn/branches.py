@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mednext_jax.nn import depthwise
-from mednext_jax.nn.layers import Conv, pointwise
+from mednext_jax.nn.layers import Conv, gelu, pointwise
 
 MODES = ("same", "down", "up")  # what a module does to the size: n, ceil(n / 2), 2n - 1
 
@@ -64,7 +64,7 @@ class ConvAdapter(nn.Module):
         # ones in a step of two blocks at 64^3, and half as fast).
         h = h @ jnp.repeat(jnp.eye(hidden, dtype=h.dtype), self.gamma, axis=0) + down[1].astype(h.dtype)
         up = Conv(self.features, (1,) * len(self.sizes), zero=True, name="up")(hidden)
-        y = pointwise(jax.nn.gelu(h, approximate=False), up)
+        y = pointwise(gelu(h), up)
         if self.learnable_scale:
             y = y * self.param("scale", nn.initializers.ones, (self.features,)).astype(y.dtype)
         return y

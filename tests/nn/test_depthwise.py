@@ -104,9 +104,9 @@ def test_kernel_gradient_agrees_with_finite_differences():
 def test_both_ways_to_sum_the_kernel_gradient_agree():
     x, w = arrays((5, 19, 6), (3, 5, 3))
     g = np.random.default_rng(2).standard_normal((2, 3, 10, 3, 3)).astype(np.float32)
-    by_planes = jax.jit(lambda x, g: depthwise._tap_sums_by_planes(x, g, w.shape[:3], 2))(x, g)
+    by_rows = jax.jit(lambda x, g: depthwise._tap_sums_by_rows(x, g, w.shape[:3], 2))(x, g)
     at_once = jax.jit(lambda x, g: depthwise._tap_sums_at_once(x, g, w.shape[:3], 2))(x, g)
-    np.testing.assert_allclose(by_planes, at_once, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(by_rows, at_once, rtol=1e-5, atol=1e-5)
 
 
 def test_depthwise_works_under_vmap_remat_and_a_second_derivative():
