@@ -124,32 +124,31 @@ def hosted(module: nn.Module, x: Array, y: Array) -> Array:
             y = scaled_and_shifted(y, scale_shift(module, y.shape[-1]))
             continue
         source = x if adapter.placement == "parallel" else base
-        branch = _branch_of(module, adapter, source, base)
-        if not (adapter.legacy and adapter.kind == "block"):
-            y = y + branch
-        elif adapter.placement == "parallel":  # the released block keeps its own residual: the identity counts twice
-            y = y + branch + x if module.do_res else y + branch
-        else:  # and in a network without residuals, the released block has none either: it replaces its input
-            y = y + branch if module.do_res else branch
+        released = adapter.legacy and adapter.kind == "block"
+        # In a network without residuals, the released sequential block has none either: it replaces its input.
+        replaces = released and adapter.placement == "sequential" and not module.do_res
+        y = _with_branch(module, adapter, source, base, None if replaces else y)
+        if released and adapter.placement == "parallel" and module.do_res:
+            y = y + x  # the released block keeps its own residual: the identity counts twice
     return y
 
 
-def _branch_of(module: nn.Module, adapter: Adapter, source: Array, like: Array) -> Array:
-    """The adapter's output for ``source``, in the shape of ``like``."""
+def _with_branch(module: nn.Module, adapter: Adapter, source: Array, like: Array, onto: Array | None) -> Array:
+    """``onto`` (or nothing) plus the adapter's output for ``source``, in the shape of ``like``."""
     spatial = source.ndim - 2
     size = adapter.kernel_size or getattr(module, "kernel_size", 3)
     if adapter.kind == "conv":
         mode = getattr(module, "mode", "same") if adapter.placement == "parallel" else "same"
         branch = ConvAdapter(like.shape[-1], adapter.gamma, (size,) * spatial, mode, adapter.scale, name=adapter.name)
-        return front_plane(branch(source)) if mode == "up" else branch(source)
+        return onto + front_plane(branch(source)) if mode == "up" else branch(source, onto)
     if source.shape != like.shape:
         raise ValueError(f"a parallel {adapter.kind} adapter cannot change the shape, as {'/'.join(module.path)} does; "
                          "use placement='sequential' there")
     if adapter.kind == "linear":
-        return LinearAdapter(adapter.ratio, adapter.legacy, name=adapter.name)(source)
+        return onto + LinearAdapter(adapter.ratio, adapter.legacy, name=adapter.name)(source)
     if not hasattr(module, "exp_r"):
         raise ValueError(f"a block adapter needs a stage or block to take its expansion from, not {module.path[-1]}")
     return InvertedBottleneck(
         like.shape[-1], adapter.exp_r or module.exp_r, size, module.norm_type,
         zero=not adapter.legacy, remat=module.remat, name=adapter.name,
-    )(source)  # fmt: skip
+    )(source, onto)  # fmt: skip

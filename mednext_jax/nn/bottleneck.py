@@ -11,14 +11,13 @@ from mednext_jax.nn.layers import (
     Norm,
     Weights,
     channel_norm,
-    channel_statistics,
     gelu,
     layer_norm,
     pointwise,
     response_norm,
     spatial_conv,
 )
-from mednext_jax.nn.second_half import norm_mlp
+from mednext_jax.nn.voxelwise import add_voxelwise, channel_statistics
 
 NORMS = ("group", "layer")
 
@@ -59,8 +58,8 @@ class InvertedBottleneck(nn.Module):
     remat: str = "mlp"
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return self.branch(x)
+    def __call__(self, x: Array, onto: Array | None = None) -> Array:
+        return self.branch(x, onto)
 
     def branch(self, x: Array, onto: Array | None = None) -> Array:
         """The block, added to ``onto`` (its residual) if given; to be called inside a compact method."""
@@ -90,7 +89,7 @@ class InvertedBottleneck(nn.Module):
             sizes = (adapter.kernel_size or self.kernel_size,) * (x.ndim - 2)
             mode = self.mode if adapter.placement == "parallel" else "same"
             module = ConvAdapter(y.shape[-1], adapter.gamma, sizes, mode, adapter.scale, name=adapter.name)
-            y = y + module(x if adapter.placement == "parallel" else base)
+            y = module(x if adapter.placement == "parallel" else base, y)
         return y
 
     def _second_half(
@@ -98,10 +97,15 @@ class InvertedBottleneck(nn.Module):
     ) -> Array:
         """``onto`` + norm, expansion, GELU, response norm and compression of ``y``."""
         if self.remat != "none" and self.norm_type == "group" and grn is None:
-            return norm_mlp(y, onto, (norm, expand, compress))
+            return add_voxelwise(_mlp, self.exp_r * y.shape[-1], y, onto, norm, (expand, compress))
         run = _plain_second_half if self.remat == "none" else jax.checkpoint(_plain_second_half, static_argnums=5)
         out = run(y, norm, expand, compress, grn, self.norm_type)
         return out if onto is None else onto + out
+
+
+def _mlp(n: Array, layers: tuple[Weights, Weights]) -> Array:
+    expand, compress = layers
+    return pointwise(gelu(pointwise(n, expand)), compress)
 
 
 def _plain_second_half(y: Array, norm: Weights, expand: Weights, compress: Weights, grn, norm_type: str) -> Array:

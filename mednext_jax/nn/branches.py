@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from mednext_jax.nn import depthwise
-from mednext_jax.nn.layers import Conv, gelu, pointwise
+from mednext_jax.nn.layers import Conv, Weights, gelu, pointwise
+from mednext_jax.nn.voxelwise import add_voxelwise
 
 MODES = ("same", "down", "up")  # what a module does to the size: n, ceil(n / 2), 2n - 1
 
@@ -28,7 +29,8 @@ class ConvAdapter(nn.Module):
     inputs; that is a depthwise convolution followed by a sum over each group, and runs on the depthwise operation.
     ``up`` is a 1x1 convolution.
 
-    Shapes: x (B, *spatial, C); returns (B, *out, features) with out = n, ceil(n / 2) or 2n - 1 by ``mode``.
+    Shapes: x (B, *spatial, C); returns (B, *out, features) with out = n, ceil(n / 2) or 2n - 1 by ``mode``; ``onto``,
+    of that shape, is added if given.
 
     Parameters: ``down/kernel`` (*k, 1, C), ``down/bias`` (C / gamma,), ``up/kernel`` (1, .., C / gamma, features),
     ``up/bias`` (features,), ``scale`` (features,) when learnable.
@@ -51,7 +53,7 @@ class ConvAdapter(nn.Module):
     learnable_scale: bool = True
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, onto: Array | None = None) -> Array:
         channels = x.shape[-1]
         if channels % self.gamma:
             raise ValueError(f"conv_adapter: gamma {self.gamma} does not divide the {channels} channels of "
@@ -64,10 +66,14 @@ class ConvAdapter(nn.Module):
         # ones in a step of two blocks at 64^3, and half as fast).
         h = h @ jnp.repeat(jnp.eye(hidden, dtype=h.dtype), self.gamma, axis=0) + down[1].astype(h.dtype)
         up = Conv(self.features, (1,) * len(self.sizes), zero=True, name="up")(hidden)
-        y = pointwise(gelu(h), up)
-        if self.learnable_scale:
-            y = y * self.param("scale", nn.initializers.ones, (self.features,)).astype(y.dtype)
-        return y
+        scale = self.param("scale", nn.initializers.ones, (self.features,)) if self.learnable_scale else None
+        return add_voxelwise(_upper_half, self.features, h, onto, None, (up, scale))
+
+
+def _upper_half(h: Array, weights: tuple[Weights, Array | None]) -> Array:
+    up, scale = weights
+    y = pointwise(gelu(h), up)
+    return y if scale is None else y * scale.astype(y.dtype)
 
 
 class _GroupedDown(nn.Module):

@@ -14,19 +14,21 @@ Layout: x is ``(B, *spatial, C)``, kernel is ``(*k, 1, C)`` as in ``flax.linen.C
 every kernel size odd. Accumulation is in float32 at least.
 """
 
+import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
+
+from mednext_jax.nn.tap_sums import tap_sums
+from mednext_jax.nn.windows import accumulator, every_tap, halved, padded_input, padded_like_rows, window
 
 STRIDES = (1, 2)
-# Rows added up in one pass. A slice with more than 15 uses is not fused into them by XLA on CPU; fused, its moving
-# start would keep the pass from being vectorised (three times slower with 8 rows; twice with 32, whose sum is cut).
-ROWS = 16
 
 
 def depthwise_conv(x: Array, kernel: Array, stride: int = 1, bias: Array | None = None) -> Array:
@@ -79,25 +81,45 @@ def _checked_taps(x: Array, kernel: Array) -> Array:
     return kernel.reshape(*sizes, x.shape[-1])
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Which gradients are asked for, and the input's spatial sizes: known when the program is traced."""
+
+    x: bool
+    taps: bool
+    bias: bool
+    sizes: tuple[int, ...]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _conv(x: Array, taps: Array, bias: Array | None, stride: int) -> Array:
-    return _plus(_sum_of_shifts(x, taps, stride), bias)
+    return _plus(_sum_of_shifts(padded_input(x, taps, stride), taps, halved(x, stride), stride), bias)
 
 
-def _conv_forward(x: Array, taps: Array, bias: Array | None, stride: int):
-    return _conv(x, taps, bias, stride), (x, taps, bias)
+def _conv_forward(x: Any, taps: Any, bias: Any, stride: int):
+    """Keeps the padded input alone, and that only if the kernel learns."""
+    wanted = _Wanted(x.perturbed, taps.perturbed, bias is not None and bias.perturbed, x.value.shape[1:-1])
+    padded = padded_input(x.value, taps.value, stride)
+    y = _sum_of_shifts(padded, taps.value, halved(x.value, stride), stride)
+    return _plus(y, bias and bias.value), (padded if wanted.taps else None, taps.value, wanted)
 
 
-def _conv_backward(stride: int, saved, g: Array):
-    x, taps, bias = saved
-    if stride == 1:
-        dx = _sum_of_shifts(g, _mirrored(taps), 1)
-    else:
-        dx = _interleaved_phases(g, taps, x.shape[1:-1])
-    return dx, _tap_sums(x, g, taps, stride), _bias_sum(g, taps, bias)
+def _conv_backward(stride: int, saved, g: Any):
+    padded, taps, wanted = saved
+    if isinstance(g, SymbolicZero):
+        return None, None, None
+    padded_g = padded_like_rows(g, taps)
+    dx = None
+    if wanted.x and stride == 1:
+        dx = _sum_of_shifts(padded_g, _mirrored(taps), wanted.sizes, 1)
+    elif wanted.x:
+        dx = _interleaved_phases(g, taps, wanted.sizes)
+    d_taps = tap_sums(padded, padded_g, taps, g.shape[1:-1], stride) if wanted.taps else None
+    return dx, d_taps, _bias_sum(padded_g, taps) if wanted.bias else None
 
 
-_conv.defvjp(_conv_forward, _conv_backward)
+_conv.defvjp(_conv_forward, _conv_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -105,74 +127,46 @@ def _conv_transpose(x: Array, taps: Array, bias: Array | None, sizes: tuple[int,
     return _plus(_interleaved_phases(x, taps, sizes), bias)
 
 
-def _conv_transpose_forward(x: Array, taps: Array, bias: Array | None, sizes: tuple[int, ...]):
-    return _conv_transpose(x, taps, bias, sizes), (x, taps, bias)
+def _conv_transpose_forward(x: Any, taps: Any, bias: Any, sizes: tuple[int, ...]):
+    wanted = _Wanted(x.perturbed, taps.perturbed, bias is not None and bias.perturbed, x.value.shape[1:-1])
+    y = _plus(_interleaved_phases(x.value, taps.value, sizes), bias and bias.value)
+    return y, (x.value if wanted.taps else None, taps.value, wanted)
 
 
-def _conv_transpose_backward(sizes: tuple[int, ...], saved, g: Array):
-    x, taps, bias = saved
-    return _sum_of_shifts(g, taps, 2), _tap_sums(g, x, taps, 2), _bias_sum(g, taps, bias)
+def _conv_transpose_backward(sizes: tuple[int, ...], saved, g: Any):
+    x, taps, wanted = saved
+    if isinstance(g, SymbolicZero):
+        return None, None, None
+    padded_g = padded_input(g, taps, 2)
+    dx = _sum_of_shifts(padded_g, taps, wanted.sizes, 2) if wanted.x else None
+    d_taps = tap_sums(padded_g, padded_like_rows(x, taps), taps, wanted.sizes, 2) if wanted.taps else None
+    return dx, d_taps, _bias_sum(padded_g, taps) if wanted.bias else None
 
 
-_conv_transpose.defvjp(_conv_transpose_forward, _conv_transpose_backward)
+_conv_transpose.defvjp(_conv_transpose_forward, _conv_transpose_backward, symbolic_zeros=True)
 
 
 def _plus(y: Array, bias: Array | None) -> Array:
     return y if bias is None else y + bias.astype(y.dtype)
 
 
-def _bias_sum(g: Array, taps: Array, bias: Array | None) -> Array | None:
-    """Sum over batch and space; of the padded copy, which the other gradients have made already."""
-    if bias is None:
-        return None
-    padded = _padded(g, taps.shape[:-1], _missing_rows(g.shape[-3]))
-    return padded.astype(_accumulator(g)).sum(tuple(range(g.ndim - 1))).astype(bias.dtype)
+def _bias_sum(padded_g: Array, taps: Array) -> Array:
+    """Sum over batch and space; of the padded copy, which the other gradients read too."""
+    return padded_g.astype(accumulator(padded_g)).sum(tuple(range(padded_g.ndim - 1))).astype(taps.dtype)
 
 
 def _mirrored(taps: Array) -> Array:
     return jnp.flip(taps, tuple(range(taps.ndim - 1)))
 
 
-def _accumulator(*arrays: Array) -> jnp.dtype:
-    """float32, or wider when the operands are."""
-    return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
-
-
-def _padded(x: Array, sizes: Sequence[int], more_rows: int = 0) -> Array:
-    """x with k // 2 zeros on both sides of every spatial axis, and ``more_rows`` behind the last but one."""
-    widths = [[k // 2, k // 2] for k in sizes]
-    widths[-2][1] += more_rows
-    return jnp.pad(x, ((0, 0), *widths, (0, 0)))
-
-
-def _missing_rows(height: int) -> int:
-    """Rows that fill the last piece of the kernel gradient's loop."""
-    return -height % ROWS if jax.default_backend() == "cpu" else 0
-
-
-def _window(padded: Array, start: Sequence[int], sizes: Sequence[int], stride: int) -> Array:
-    """``padded[:, start : start + stride * (n - 1) + 1 : stride, ..., :]`` with n given by ``sizes``."""
-    limits = [s + stride * (n - 1) + 1 for s, n in zip(start, sizes, strict=True)]
-    return jax.lax.slice(
-        padded, (0, *start, 0), (padded.shape[0], *limits, padded.shape[-1]), (1, *(stride,) * len(sizes), 1)
-    )
-
-
-def _every_tap(sizes: Sequence[int]):
-    return itertools.product(*(range(k) for k in sizes))
-
-
-def _sum_of_shifts(x: Array, taps: Array, stride: int) -> Array:
-    """The convolution: one shifted product per tap, all in one fused pass."""
-    sizes = taps.shape[:-1]
-    out = [(n - 1) // stride + 1 for n in x.shape[1:-1]]
-    dtype = _accumulator(x, taps)
-    # As many rows as the kernel gradient wants: in the backward pass both then read one padded copy.
-    padded = _padded(x, sizes, _missing_rows(x.shape[-3]) if stride == 1 else 0)
+def _sum_of_shifts(padded: Array, taps: Array, out: Sequence[int], stride: int) -> Array:
+    """The convolution of a padded array: one shifted product per tap, all in one fused pass."""
+    dtype = accumulator(padded, taps)
     total = sum(
-        _window(padded, tap, out, stride).astype(dtype) * taps[tap].astype(dtype) for tap in _every_tap(sizes)
+        window(padded, tap, out, stride).astype(dtype) * taps[tap].astype(dtype)
+        for tap in every_tap(taps.shape[:-1])
     )
-    return total.astype(x.dtype)
+    return total.astype(padded.dtype)
 
 
 def _interleaved_phases(x: Array, taps: Array, sizes: Sequence[int]) -> Array:
@@ -183,14 +177,13 @@ def _interleaved_phases(x: Array, taps: Array, sizes: Sequence[int]) -> Array:
     interleaved: no zeros between the inputs, and no pass that puts the phases in place.
     """
     dims, counts = len(sizes), x.shape[1:-1]
-    kernels = [k // 2 for k in taps.shape[:-1]]
-    reach = [range(-(p // 2), (p + 1) // 2 + 1) for p in kernels]
-    dtype = _accumulator(x, taps)
+    reach = [range(-(k // 4), (k // 2 + 1) // 2 + 1) for k in taps.shape[:-1]]
+    dtype = accumulator(x, taps)
     padded = jnp.pad(x, ((0, 0), *((-steps[0], steps[-1]) for steps in reach), (0, 0)))
     by_parity = _taps_by_parity(taps.astype(dtype), reach)  # (a..., r..., C)
     total = jnp.zeros((), dtype)
-    for start in _every_tap([len(steps) for steps in reach]):
-        seen = jnp.expand_dims(_window(padded, start, counts, 1).astype(dtype), [2 + 2 * d for d in range(dims)])
+    for start in every_tap([len(steps) for steps in reach]):
+        seen = jnp.expand_dims(window(padded, start, counts, 1).astype(dtype), [2 + 2 * d for d in range(dims)])
         kernel = by_parity[start].reshape(*(size for _ in range(dims) for size in (1, 2)), -1)
         total = total + seen * kernel  # (B, n0, 2, n1, 2, ..., C)
     full = total.astype(x.dtype).reshape(x.shape[0], *(2 * n for n in counts), x.shape[-1])
@@ -209,59 +202,3 @@ def _taps_by_parity(taps: Array, reach: Sequence[range]) -> Array:
     return taps.transpose(*range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 0)
 
 
-def _tap_sums(x: Array, g: Array, taps: Array, stride: int) -> Array:
-    """Kernel gradient: ``sum over batch and space of x[stride * i + t - k // 2] * g[i]``, (*k, C)."""
-    by_rows = jax.default_backend() == "cpu"
-    sums = (_tap_sums_by_rows if by_rows else _tap_sums_at_once)(x, g, taps.shape[:-1], stride)
-    return sums.reshape(taps.shape).astype(taps.dtype)
-
-
-def _tap_sums_at_once(x: Array, g: Array, sizes: Sequence[int], stride: int) -> Array:
-    """One reduction per tap over the whole arrays, (taps, C)."""
-    dtype = _accumulator(x, g)
-    padded = _padded(x, sizes)
-    windows = (_window(padded, tap, g.shape[1:-1], stride) for tap in _every_tap(sizes))
-    axes = tuple(range(x.ndim - 1))
-    return jnp.stack([jnp.sum(window.astype(dtype) * g.astype(dtype), axes) for window in windows])
-
-
-def _tap_sums_by_rows(x: Array, g: Array, sizes: Sequence[int], stride: int) -> Array:
-    """The same sums, ``ROWS`` rows of a plane at a time, so that they stay in cache for all taps, (taps, C).
-
-    The products of the rows are added up in one pass that XLA vectorises; only their sum, one row per tap, is reduced
-    over the width at the end. A third of the time of reducing each plane's product (32 channels, 64^3).
-    """
-    dtype = _accumulator(x, g)
-    missing = _missing_rows(g.shape[-3])
-    x, g = _padded(x, sizes, stride * missing), _padded(g, sizes, missing)
-    if len(sizes) == 2:
-        x, g, sizes = x[:, None], g[:, None], (1, *sizes)
-    kz, ky, kx = sizes
-    batch, channels = g.shape[0], g.shape[-1]
-    depth, height, width = (n - 2 * (k // 2) for n, k in zip(g.shape[1:-1], sizes, strict=True))
-    pieces = height // ROWS
-    span = stride * (width - 1) + 1
-
-    def piece(i: Array, totals: list[Array]) -> list[Array]:
-        z, y = i // pieces, i % pieces * ROWS
-        start = (0, z + kz // 2, y + ky // 2, kx // 2, 0)
-        here = jax.lax.dynamic_slice(g, start, (batch, 1, ROWS, width, channels))[:, 0].astype(dtype)
-
-        def tap(t: Array, totals: list[Array]) -> list[Array]:
-            start = (0, stride * z + t // ky, stride * y + t % ky, 0, 0)
-            size = (batch, 1, stride * (ROWS - 1) + 1, x.shape[3], channels)
-            seen = jax.lax.dynamic_slice(x, start, size)[:, 0, ::stride].astype(dtype)
-
-            def added(total: Array, tx: int) -> Array:
-                near = seen[:, :, tx:tx + span:stride]
-                products = sum(near[:, j] * here[:, j] for j in range(ROWS))
-                old = jax.lax.dynamic_index_in_dim(total, t, 0)
-                return jax.lax.dynamic_update_slice_in_dim(total, old + products, t, 0)
-
-            return [added(total, tx) for tx, total in enumerate(totals)]
-
-        return jax.lax.fori_loop(0, kz * ky, tap, totals)
-
-    zeros = [jnp.zeros((kz * ky, batch, width, channels), dtype)] * kx
-    totals = jax.lax.fori_loop(0, depth * pieces, piece, zeros)
-    return jnp.stack([total.sum((1, 2)) for total in totals], 1).reshape(-1, channels)

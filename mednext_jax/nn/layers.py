@@ -207,15 +207,6 @@ def _centred(kernel: Array, size: int) -> Array:
     return jnp.pad(kernel, [((size - k) // 2,) * 2 for k in kernel.shape[:-2]] + [(0, 0), (0, 0)])
 
 
-def channel_statistics(y: Array) -> tuple[Array, Array]:
-    """Mean and reciprocal standard deviation per sample and channel, each (B, 1, ..., 1, C) float32."""
-    axes = tuple(range(1, y.ndim - 1))
-    y = y.astype(jnp.float32)
-    mean = jnp.mean(y, axes, keepdims=True)
-    variance = jnp.mean(jnp.square(y - mean), axes, keepdims=True)
-    return mean, jax.lax.rsqrt(variance + EPSILON)
-
-
 def layer_norm(y: Array, norm: Weights) -> Array:
     """Normalises every voxel over its channels."""
     x = y.astype(jnp.float32)

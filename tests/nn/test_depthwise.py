@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mednext_jax.nn import depthwise
+from mednext_jax.nn import tap_sums, windows
 from mednext_jax.nn.depthwise import depthwise_conv, depthwise_conv_transpose
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -103,10 +103,21 @@ def test_kernel_gradient_agrees_with_finite_differences():
 
 def test_both_ways_to_sum_the_kernel_gradient_agree():
     x, w = arrays((5, 19, 6), (3, 5, 3))
-    g = np.random.default_rng(2).standard_normal((2, 3, 10, 3, 3)).astype(np.float32)
-    by_rows = jax.jit(lambda x, g: depthwise._tap_sums_by_rows(x, g, w.shape[:3], 2))(x, g)
-    at_once = jax.jit(lambda x, g: depthwise._tap_sums_at_once(x, g, w.shape[:3], 2))(x, g)
+    out, taps = (3, 10, 3), w[..., 0, :]
+    g = np.random.default_rng(2).standard_normal((2, *out, 3)).astype(np.float32)
+    padded = windows.padded_input(x, taps, 2), windows.padded_like_rows(g, taps)
+    ways = (tap_sums._tap_sums_by_rows, tap_sums._tap_sums_at_once)
+    by_rows, at_once = (jax.jit(lambda x, g, way=way: way(x, g, w.shape[:3], out, 2))(*padded) for way in ways)
     np.testing.assert_allclose(by_rows, at_once, rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_kernel_keeps_no_input_and_a_frozen_input_gets_no_gradient():
+    x, w = arrays((4, 5, 6), (3, 3, 3))
+    for argument, kept in ((0, 0), (1, 1)):
+        _, pull = jax.eval_shape(lambda *a, i=argument: jax.vjp(lambda v: depthwise_conv(
+            *(v if j == i else other for j, other in enumerate(a))), a[i]), x, w)  # fmt: skip
+        sizes = [leaf.shape for leaf in jax.tree.leaves(pull)]
+        assert sum(len(size) == 5 and size[0] == 2 for size in sizes) == kept
 
 
 def test_depthwise_works_under_vmap_remat_and_a_second_derivative():

@@ -55,12 +55,12 @@ def test_remat_changes_neither_names_nor_numbers(remat):
 
 
 def test_slabs_do_not_change_the_numbers(monkeypatch):
-    from mednext_jax.nn import second_half
+    from mednext_jax.nn import slabs
 
     model = MedNeXt(**TINY)
     params, x = started(model)
     whole = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, x)
-    monkeypatch.setattr(second_half, "SLAB_BYTES", 1)
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 1)
     slabs = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, x)
     np.testing.assert_allclose(slabs, whole, rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,69 @@
+"""The kernel gradient of the depthwise operations: one sum over batch and space for every kernel tap."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mednext_jax.nn.windows import ROWS, accumulator, every_tap, window
+
+
+def tap_sums(padded: Array, padded_g: Array, taps: Array, out: Sequence[int], stride: int) -> Array:
+    """Kernel gradient: ``sum over batch and space of x[stride * i + t - k // 2] * g[i]``, (*k, C).
+
+    Args: the input and the output's gradient, both padded; ``out``: the output's spatial sizes.
+    """
+    by_rows = jax.default_backend() == "cpu"
+    sums = (_tap_sums_by_rows if by_rows else _tap_sums_at_once)(padded, padded_g, taps.shape[:-1], out, stride)
+    return sums.reshape(taps.shape).astype(taps.dtype)
+
+
+def _tap_sums_at_once(
+    padded: Array, padded_g: Array, sizes: Sequence[int], out: Sequence[int], stride: int
+) -> Array:
+    """One reduction per tap over the whole arrays, (taps, C)."""
+    dtype = accumulator(padded, padded_g)
+    g = window(padded_g, [k // 2 for k in sizes], out, 1).astype(dtype)
+    axes = tuple(range(g.ndim - 1))
+    return jnp.stack([jnp.sum(window(padded, tap, out, stride).astype(dtype) * g, axes) for tap in every_tap(sizes)])
+
+
+def _tap_sums_by_rows(x: Array, g: Array, sizes: Sequence[int], out: Sequence[int], stride: int) -> Array:
+    """The same sums, ``ROWS`` rows of a plane at a time, so that they stay in cache for all taps, (taps, C).
+
+    The products of the rows are added up in one pass that XLA vectorises; only their sum, one row per tap, is reduced
+    over the width at the end. A third of the time of reducing each plane's product (32 channels, 64^3).
+    """
+    dtype = accumulator(x, g)
+    if len(sizes) == 2:
+        x, g, sizes, out = x[:, None], g[:, None], (1, *sizes), (1, *out)
+    kz, ky, kx = sizes
+    batch, channels = g.shape[0], g.shape[-1]
+    depth, height, width = out
+    pieces = -(-height // ROWS)
+    span = stride * (width - 1) + 1
+
+    def piece(i: Array, totals: list[Array]) -> list[Array]:
+        z, y = i // pieces, i % pieces * ROWS
+        start = (0, z + kz // 2, y + ky // 2, kx // 2, 0)
+        here = jax.lax.dynamic_slice(g, start, (batch, 1, ROWS, width, channels))[:, 0].astype(dtype)
+
+        def tap(t: Array, totals: list[Array]) -> list[Array]:
+            start = (0, stride * z + t // ky, stride * y + t % ky, 0, 0)
+            size = (batch, 1, stride * (ROWS - 1) + 1, x.shape[3], channels)
+            seen = jax.lax.dynamic_slice(x, start, size)[:, 0, ::stride].astype(dtype)
+
+            def added(total: Array, tx: int) -> Array:
+                near = seen[:, :, tx:tx + span:stride]
+                products = sum(near[:, j] * here[:, j] for j in range(ROWS))
+                old = jax.lax.dynamic_index_in_dim(total, t, 0)
+                return jax.lax.dynamic_update_slice_in_dim(total, old + products, t, 0)
+
+            return [added(total, tx) for tx, total in enumerate(totals)]
+
+        return jax.lax.fori_loop(0, kz * ky, tap, totals)
+
+    zeros = [jnp.zeros((kz * ky, batch, width, channels), dtype)] * kx
+    totals = jax.lax.fori_loop(0, depth * pieces, piece, zeros)
+    return jnp.stack([total.sum((1, 2)) for total in totals], 1).reshape(-1, channels)
