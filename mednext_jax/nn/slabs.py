@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 SLAB_BYTES = 2**20  # about half of one core's second-level cache
@@ -29,17 +30,25 @@ def thickness_of(x: Array, width: int) -> int:
 
 def each_slab(slab: Callable[[Any, Any], Any], count: int, start: Any) -> Any:
     """``slab(i, carry) -> carry`` for every i; a single slab is no loop."""
-    return slab(0, start) if count == 1 else jax.lax.fori_loop(0, count, slab, start)
+    return slab(jnp.uint32(0), start) if count == 1 else counted_loop(count, slab, start)
 
 
-def cut(array: Array, i: Array | int, thickness: int) -> Array:
+def counted_loop(count: int, body: Callable[[Array, Any], Any], start: Any) -> Any:
+    """``fori_loop`` from 0 to ``count`` with an unsigned counter: no index needs a check for being negative.
+
+    Each such check is a kernel of its own to XLA on CPU, to be compiled and, every time around, to be called.
+    """
+    return jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(count), body, start)
+
+
+def cut(array: Array, i: Array, thickness: int) -> Array:
     """Slab i."""
     if thickness == array.shape[1]:
         return array
     return jax.lax.dynamic_slice_in_dim(array, i * thickness, thickness, axis=1)
 
 
-def put(array: Array, slab: Array, i: Array | int, thickness: int) -> Array:
+def put(array: Array, slab: Array, i: Array, thickness: int) -> Array:
     """The array with slab i replaced."""
     if thickness == array.shape[1]:
         return slab

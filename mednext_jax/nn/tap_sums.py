@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mednext_jax.nn.slabs import counted_loop
 from mednext_jax.nn.windows import ROWS, accumulator, every_tap, window
 
 
@@ -43,14 +44,15 @@ def _tap_sums_by_rows(x: Array, g: Array, sizes: Sequence[int], out: Sequence[in
     depth, height, width = out
     pieces = -(-height // ROWS)
     span = stride * (width - 1) + 1
+    zero = jnp.uint32(0)
 
     def piece(i: Array, totals: list[Array]) -> list[Array]:
         z, y = i // pieces, i % pieces * ROWS
-        start = (0, z + kz // 2, y + ky // 2, kx // 2, 0)
+        start = (zero, z + kz // 2, y + ky // 2, zero + kx // 2, zero)
         here = jax.lax.dynamic_slice(g, start, (batch, 1, ROWS, width, channels))[:, 0].astype(dtype)
 
         def tap(t: Array, totals: list[Array]) -> list[Array]:
-            start = (0, stride * z + t // ky, stride * y + t % ky, 0, 0)
+            start = (zero, stride * z + t // ky, stride * y + t % ky, zero, zero)
             size = (batch, 1, stride * (ROWS - 1) + 1, x.shape[3], channels)
             seen = jax.lax.dynamic_slice(x, start, size)[:, 0, ::stride].astype(dtype)
 
@@ -62,8 +64,8 @@ def _tap_sums_by_rows(x: Array, g: Array, sizes: Sequence[int], out: Sequence[in
 
             return [added(total, tx) for tx, total in enumerate(totals)]
 
-        return jax.lax.fori_loop(0, kz * ky, tap, totals)
+        return counted_loop(kz * ky, tap, totals)
 
     zeros = [jnp.zeros((kz * ky, batch, width, channels), dtype)] * kx
-    totals = jax.lax.fori_loop(0, depth * pieces, piece, zeros)
+    totals = counted_loop(depth * pieces, piece, zeros)
     return jnp.stack([total.sum((1, 2)) for total in totals], 1).reshape(-1, channels)

@@ -47,7 +47,7 @@ def _forward(f: Callable, width: int, x: Array, onto: Array | None, norm: Weight
     statistics = None if norm is None else channel_statistics(x)
     thickness = thickness_of(x, width)
 
-    def slab(i: Array | int, out: Array) -> Array:
+    def slab(i: Array, out: Array) -> Array:
         here = f(_normed(cut(x, i, thickness), statistics, norm), weights)
         return put(out, here if onto is None else cut(out, i, thickness) + here, i, thickness)
 
@@ -85,7 +85,7 @@ def _backward(f: Callable, width: int, saved: tuple, g: Any) -> tuple:
     thickness = thickness_of(x, width)
     needs_sums = norm is not None and (wanted_x is not None or bool(jax.tree.leaves(wanted_norm)))
 
-    def slab(i: Array | int, carry: tuple) -> tuple:
+    def slab(i: Array, carry: tuple) -> tuple:
         d_n, sums, d_weights = carry
         here = cut(x, i, thickness)
 
@@ -126,7 +126,7 @@ def channel_statistics(x: Array) -> Statistics:
     axes = tuple(range(1, x.ndim - 1))
     voxels = thickness * math.prod(x.shape[2:-1])
 
-    def slab(i: Array | int, sofar: Statistics) -> Statistics:
+    def slab(i: Array, sofar: Statistics) -> Statistics:
         here = cut(x, i, thickness).astype(jnp.float32)
         mean = here.mean(axes, keepdims=True)
         squares = jnp.square(here - mean).sum(axes, keepdims=True)
@@ -163,7 +163,7 @@ def _through_norm(d_n: Array, x: Array, statistics: Statistics, scale: Array, to
     voxels = math.prod(x.shape[1:-1])
     thickness = thickness_of(x, x.shape[-1])
 
-    def slab(i: Array | int, d_x: Array) -> Array:
+    def slab(i: Array, d_x: Array) -> Array:
         x_hat = (cut(x, i, thickness).astype(jnp.float32) - mean) * rstd
         here = cut(d_x, i, thickness).astype(jnp.float32) - total / voxels - x_hat * (moment / voxels)
         return put(d_x, (scale * rstd * here).astype(x.dtype), i, thickness)
