@@ -34,11 +34,11 @@ def each_slab(slab: Callable[[Any, Any], Any], count: int, start: Any) -> Any:
 
 
 def counted_loop(count: int, body: Callable[[Array, Any], Any], start: Any) -> Any:
-    """``fori_loop`` from 0 to ``count`` with an unsigned counter: no index needs a check for being negative.
+    """``fori_loop`` from 0 to ``count`` whose body gets an unsigned counter: no index needs a check for being negative.
 
     Each such check is a kernel of its own to XLA on CPU, to be compiled and, every time around, to be called.
     """
-    return jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(count), body, start)
+    return jax.lax.fori_loop(0, count, lambda i, carry: body(i.astype(jnp.uint32), carry), start)
 
 
 def cut(array: Array, i: Array, thickness: int) -> Array:
