@@ -126,6 +126,7 @@ def load_adapter(
     """Read an adapter and check that it belongs to ``base_params``.
 
     Args:
+      directory: the adapter's, or the training workdir that holds it.
       force: take an adapter that was trained on another base (its shapes must still fit).
 
     Raises:
@@ -133,7 +134,7 @@ def load_adapter(
       ValueError: a file is damaged, foreign or of another format version, or the adapter belongs to another
         base.
     """
-    directory = Path(directory)
+    directory = find_adapter(directory)
     config = load_config(directory)
     found = modeldir.params_hash(base_params)
     if config["base_hash"] != found and not force:
@@ -169,17 +170,36 @@ def merge_directories(
     """
     info, base = modeldir.load_model(model)
     attached = load_adapter(adapter, base, force)
-    modeldir.check_channels(info, attached.config["channels"], attached.config["normalization"])
+    check_data(attached, info, adapter)
     _, params = merging.merge(*attached.apply_to(info.network(), base))
     merged_from = {name: attached.config[name] for name in ("method", "options", "base_hash", "cohort", "scores")}
     return modeldir.save_model(output, dataclasses.replace(info, provenance={"merged": merged_from}), params)
 
 
+def check_data(adapter: AdapterFile, info: modeldir.ModelInfo, where: str | os.PathLike) -> None:
+    """Raise ValueError unless the adapter saw channels and intensities as the base does, and gives its output."""
+    for field in ("channels", "normalization", "output", "regions"):
+        theirs, ours = adapter.config[field], getattr(info, field)
+        if theirs != (list(ours) if isinstance(ours, tuple) else ours):
+            raise ValueError(
+                f"{where} was trained with {field} {_words(theirs)}, the base has {_words(ours)}: "
+                "give the base it was trained on (its run keeps it in <workdir>/base)"
+            )
+
+
+def find_adapter(path: str | os.PathLike) -> Path:
+    """The adapter directory that ``path`` means: itself, or its ``adapter/`` when it is a training workdir."""
+    inside = Path(path) / "adapter"
+    return inside if (inside / CONFIG_FILE).is_file() else Path(path)
+
+
 def load_config(directory: str | os.PathLike) -> dict[str, Any]:
     """Read and check ``adapter_config.json`` alone (cheap). Errors as :func:`load_adapter`."""
-    file = Path(directory) / CONFIG_FILE
+    file = find_adapter(directory) / CONFIG_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: give the directory of a saved adapter")
+        raise FileNotFoundError(
+            f"{file} does not exist: give the directory of a saved adapter, or a training workdir that has adapter/"
+        )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -198,6 +218,8 @@ def load_config(directory: str | os.PathLike) -> dict[str, Any]:
         "tensors_hash": str,
         "channels": list,
         "normalization": str,
+        "output": str,
+        "regions": dict,
     }.items():
         if not isinstance(config.get(field), kind):
             raise ValueError(f"{file} lacks a proper {field!r}; copy it again")
@@ -225,6 +247,10 @@ def _write(file: Path, write: Any) -> None:
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _words(value: Any) -> str:
+    return value if isinstance(value, str) else ", ".join(value)
 
 
 def _short(digest: str) -> str:

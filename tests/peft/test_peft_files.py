@@ -110,6 +110,11 @@ def test_damaged_or_foreign_adapter_gives_one_line(saved, base, name, damage, me
     assert name in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_training_workdir_stands_for_the_adapter_in_it(saved, base):
+    saved.rename(saved.parent / "adapter")
+    assert peft.load_adapter(saved.parent, base).config["cohort"] == "BraTS-Africa"
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 def test_missing_adapter_file_is_named(saved, base, name):
     (saved / name).unlink()
