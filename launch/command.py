@@ -6,6 +6,7 @@ are printed as one line and end the process with code 1; ``--debug`` shows the t
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -41,10 +42,22 @@ _PATH_ERRORS = {
 }
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether JAX found too little memory on the device; JAX itself is not imported here."""
+    return type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+
+
 def one_line(error: BaseException) -> str:
     """The error as one line without control characters."""
     if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename:
         return f"{error.filename}: {_PATH_ERRORS[error.errno]}"
+    if ran_out_of_memory(error):
+        found = re.search(r"allocating (\d+) bytes", str(error))
+        wanted = f" ({int(found[1]) / 2**30:.3g} GiB were wanted at once)" if found else ""
+        return (
+            f"out of device memory{wanted}; take a smaller patch, batch or method, or let the backward pass compute "
+            "more again (config.model.remat=block)"
+        )
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split()) or type(error).__name__
 
@@ -94,8 +107,8 @@ def run(main: Callable[[Any], int | None], parse: Callable[[Sequence[str]], Any]
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
-        except USER_ERRORS as error:
-            if DEBUG.value:
+        except Exception as error:
+            if DEBUG.value or not (isinstance(error, USER_ERRORS) or ran_out_of_memory(error)):
                 raise
             print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(1)

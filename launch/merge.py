@@ -11,7 +11,7 @@ import command
 from absl import flags
 
 MODEL = flags.DEFINE_string("model", None, "The adapter's base: model directory or training workdir.", required=True)
-ADAPTER = flags.DEFINE_string("adapter", None, "Adapter directory.", required=True)
+ADAPTER = flags.DEFINE_string("adapter", None, "Adapter directory, or the workdir of its training.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Model directory to write.", required=True)
 FORCE = flags.DEFINE_bool("force", False, "Merge into another base than the one the adapter was trained on.")
 

@@ -20,6 +20,7 @@ from absl import flags
 
 MODEL = flags.DEFINE_list("model", None, "Model directories or training workdirs; several are averaged.", required=True)
 ADAPTER = flags.DEFINE_list("adapter", [], "Adapter of the model; one per model, or several of one model.")
+FORCE = flags.DEFINE_bool("force", False, "Put the adapter on another base than the one it was trained on.")
 INPUT = flags.DEFINE_string("input", None, "Folder of raw cases at any depth, or a store.", required=True)
 SPLIT = flags.DEFINE_string("split", "", "Only the cases of this split of a store, such as test.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the label maps.", required=True)
@@ -83,7 +84,7 @@ def main(_) -> int:
     from mednext_jax.infer.postprocess import PostProcess
     from mednext_jax.modeldir import params_hash
 
-    members = [ensemble.load_member(*pair, DTYPE.value) for pair in pairs(MODEL.value, ADAPTER.value)]
+    members = [ensemble.load_member(*pair, DTYPE.value, FORCE.value) for pair in pairs(MODEL.value, ADAPTER.value)]
     jobs, failed = prediction.find_jobs(INPUT.value, members[0].info.normalization, SPLIT.value)
     window = {"patch_voxels": patch, "overlap": OVERLAP.value, "flips": FLIPS.value}
     predictor = ensemble.Ensemble(

@@ -37,12 +37,16 @@ class Member:
 
 
 def load_member(
-    path: str | os.PathLike, adapter: str | os.PathLike | None = None, dtype: str = "auto"
+    path: str | os.PathLike,
+    adapter: str | os.PathLike | None = None,
+    dtype: str = "auto",
+    force: bool = False,
 ) -> Member:
     """Load a model directory (or training workdir), with an adapter on it if one is given.
 
     Args:
       dtype: compute type of the network; ``"auto"`` is bfloat16 on a GPU or TPU and float32 on a CPU.
+      force: take an adapter that was trained on another base.
 
     Raises:
       FileNotFoundError, ValueError: a file is missing or damaged, or the adapter belongs to another base.
@@ -54,8 +58,8 @@ def load_member(
     if adapter:
         from mednext_jax import peft  # here, so that plain and merged models do not need the package
 
-        attached = peft.load_adapter(adapter, params)
-        modeldir.check_channels(info, attached.config["channels"], attached.config["normalization"])
+        attached = peft.load_adapter(adapter, params, force)
+        peft.check_data(attached, info, adapter)
         network, params = attached.apply_to(network, params)
     network = network.clone(deep_supervision=False)  # its extra heads are for training alone
     return Member(info, network, params, f"{path} + {adapter}" if adapter else str(path))

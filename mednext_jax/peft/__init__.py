@@ -11,7 +11,14 @@
     model, params = peft.merge(model, params)                 # a plain network again, where that is exact
 """
 
-from mednext_jax.peft.adapter_files import AdapterFile, load_adapter, load_config, merge_directories, save_adapter
+from mednext_jax.peft.adapter_files import (
+    AdapterFile,
+    check_data,
+    load_adapter,
+    load_config,
+    merge_directories,
+    save_adapter,
+)
 from mednext_jax.peft.adapter_set import AdapterSet
 from mednext_jax.peft.cost import Cost, costs, markdown
 from mednext_jax.peft.merging import merge, unmerge
@@ -28,6 +35,7 @@ __all__ = [
     "Cost",
     "Method",
     "Rule",
+    "check_data",
     "compose",
     "costs",
     "create",

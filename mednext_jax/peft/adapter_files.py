@@ -1,17 +1,18 @@
 """An adapter on disk: what one site trained, apart from the base it was trained on.
 
     <directory>/adapter_model.safetensors   the trained parameters, one float32 tensor per flat path
-    <directory>/adapter_config.json         method and options, hash of the base, channels, normalisation,
-    cohort, scores <directory>/README.md                   the same for people
+    <directory>/adapter_config.json         method, options, hashes, channels, normalisation, cohort, scores
+    <directory>/README.md                   the same for people
 
 Only JSON and safetensors are read, from these two fixed names, so opening a stranger's adapter runs no code
-of theirs. The configuration holds the hashes of the base and of the tensors: an adapter goes onto its own
-base, or is refused.
+of theirs. The configuration holds the hashes of the tensors and of those of the base's parameters that the
+adapter does not bring itself: it goes onto a base that has these, or is refused.
 """
 
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from mednext_jax import modeldir
 from mednext_jax.nn import paths
 from mednext_jax.nn.mednext import parameter_shapes
-from mednext_jax.peft import attach, merging, registry, rules
+from mednext_jax.peft import adapter_card, attach, merging, registry, rules
 
 FORMAT = "mednext_jax.adapter"
 FORMAT_VERSION = 1
@@ -49,14 +50,19 @@ class AdapterFile:
     def apply_to(self, model: Any, base_params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The adapted network and its nested parameters: the base's with this adapter's in their places.
 
+        Heads of deep supervision may be on one side only: the adapter's are left out where the base has none, the
+        base's stay where the adapter has none.
+
         Raises:
           ValueError: the adapter does not fit the network.
         """
         adapted = model.clone(adapters=self.method.adapters)
         expected = parameter_shapes(adapted)
         trainable, _ = rules.split(expected, self.method.rule)
-        attach.check_params(self.tensors, trainable, "this adapter's method on this network")
-        return adapted, paths.unflatten({**paths.flatten(base_params), **self.tensors})
+        tensors = {path: leaf for path, leaf in self.tensors.items() if path in expected or not _only_trains(path)}
+        needed = {path: leaf for path, leaf in trainable.items() if path in tensors or not _only_trains(path)}
+        attach.check_params(tensors, needed, "this adapter's method on this network")
+        return adapted, paths.unflatten({**paths.flatten(base_params), **tensors})
 
 
 def save_adapter(
@@ -96,6 +102,7 @@ def save_adapter(
         "options": method.options,
         "parameters": sum(leaf.size for leaf in tensors.values()),
         "base_hash": modeldir.params_hash(base_params),
+        "frozen_hash": _frozen_hash(base_params, tensors),
         "tensors_hash": modeldir.params_hash(tensors),
         "channels": info.channels,
         "normalization": info.normalization,
@@ -115,7 +122,7 @@ def save_adapter(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / TENSORS_FILE, lambda file: save_file(tensors, file))
-    _write(directory / CARD_FILE, lambda file: file.write_text(_card(config), encoding="utf-8"))
+    _write(directory / CARD_FILE, lambda file: file.write_text(adapter_card.card(config), encoding="utf-8"))
     _write(directory / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
     return directory
 
@@ -126,6 +133,7 @@ def load_adapter(
     """Read an adapter and check that it belongs to ``base_params``.
 
     Args:
+      directory: the adapter's, or the training workdir that holds it.
       force: take an adapter that was trained on another base (its shapes must still fit).
 
     Raises:
@@ -133,14 +141,8 @@ def load_adapter(
       ValueError: a file is damaged, foreign or of another format version, or the adapter belongs to another
         base.
     """
-    directory = Path(directory)
+    directory = find_adapter(directory)
     config = load_config(directory)
-    found = modeldir.params_hash(base_params)
-    if config["base_hash"] != found and not force:
-        raise ValueError(
-            f"{directory} was trained on the base {_short(config['base_hash'])}, "
-            f"this one is {_short(found)}: give the base it was trained on (its run keeps it in <workdir>/base)"
-        )
     file = directory / TENSORS_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: copy the whole adapter directory")
@@ -152,6 +154,12 @@ def load_adapter(
         raise ValueError(
             f"{file} does not have the hash that {CONFIG_FILE} records: "
             "one of the two files was changed; copy the adapter again"
+        )
+    if not force and _frozen_hash(base_params, tensors) != config["frozen_hash"]:
+        raise ValueError(
+            f"{directory} was trained on the base {_short(config['base_hash'])}, this one is "
+            f"{_short(modeldir.params_hash(base_params))}: give the base it was trained on "
+            "(its run keeps it in <workdir>/base)"
         )
     return AdapterFile(_method_of(config, directory / CONFIG_FILE), tensors, config)
 
@@ -169,17 +177,36 @@ def merge_directories(
     """
     info, base = modeldir.load_model(model)
     attached = load_adapter(adapter, base, force)
-    modeldir.check_channels(info, attached.config["channels"], attached.config["normalization"])
+    check_data(attached, info, adapter)
     _, params = merging.merge(*attached.apply_to(info.network(), base))
     merged_from = {name: attached.config[name] for name in ("method", "options", "base_hash", "cohort", "scores")}
     return modeldir.save_model(output, dataclasses.replace(info, provenance={"merged": merged_from}), params)
 
 
+def check_data(adapter: AdapterFile, info: modeldir.ModelInfo, where: str | os.PathLike) -> None:
+    """Raise ValueError unless the adapter saw channels and intensities as the base does, and gives its output."""
+    for field in ("channels", "normalization", "output", "regions"):
+        theirs, ours = adapter.config[field], getattr(info, field)
+        if json.dumps(theirs) != json.dumps(ours):  # a tuple is a list there, and the order of regions counts
+            raise ValueError(
+                f"{where} was trained with {field} {_words(theirs)}, the base has {_words(ours)}: "
+                "give the base it was trained on (its run keeps it in <workdir>/base)"
+            )
+
+
+def find_adapter(path: str | os.PathLike) -> Path:
+    """The adapter directory that ``path`` means: itself, or its ``adapter/`` when it is a training workdir."""
+    inside = Path(path) / "adapter"
+    return inside if (inside / CONFIG_FILE).is_file() else Path(path)
+
+
 def load_config(directory: str | os.PathLike) -> dict[str, Any]:
     """Read and check ``adapter_config.json`` alone (cheap). Errors as :func:`load_adapter`."""
-    file = Path(directory) / CONFIG_FILE
+    file = find_adapter(directory) / CONFIG_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: give the directory of a saved adapter")
+        raise FileNotFoundError(
+            f"{file} does not exist: give the directory of a saved adapter, or a training workdir that has adapter/"
+        )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -195,9 +222,12 @@ def load_config(directory: str | os.PathLike) -> dict[str, Any]:
         "method": str,
         "options": dict,
         "base_hash": str,
+        "frozen_hash": str,
         "tensors_hash": str,
         "channels": list,
         "normalization": str,
+        "output": str,
+        "regions": dict,
     }.items():
         if not isinstance(config.get(field), kind):
             raise ValueError(f"{file} lacks a proper {field!r}; copy it again")
@@ -227,31 +257,22 @@ def _write(file: Path, write: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _frozen_hash(base_params: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
+    """Hash of what an adapter needs of a base: what it does not bring, deep supervision's heads aside."""
+    flat = paths.flatten(base_params)
+    return modeldir.params_hash(
+        {path: leaf for path, leaf in flat.items() if path not in tensors and not _only_trains(path)}
+    )
+
+
+def _only_trains(path: str) -> bool:
+    """Whether it belongs to a head of deep supervision: those are not used to predict."""
+    return re.fullmatch(rules.DEEP_HEADS, path) is not None
+
+
+def _words(value: Any) -> str:
+    return value if isinstance(value, str) else ", ".join(value)
+
+
 def _short(digest: str) -> str:
     return digest[: len("sha256:") + 12]
-
-
-def _card(config: Mapping[str, Any]) -> str:
-    options = "; ".join(
-        f"{name}: " + (", ".join(f"{key}={value}" for key, value in opts.items()) or "no options")
-        for name, opts in config["options"].items()
-    )
-    scores = "\n".join(f"| {name} | {value:.4g} |" for name, value in config["scores"].items())
-    table = f"| score | value |\n|---|---|\n{scores}\n" if scores else "No scores were recorded.\n"
-    return f"""# Adapter: {config["method"]}
-
-A fine-tuning of a MedNeXt base: {config["parameters"]:,} trained parameters. It works on that base alone.
-
-| | |
-|---|---|
-| method | {options} |
-| base | `{config["base_hash"]}` |
-| cohort | {config["cohort"] or "not named"} |
-| channels, in order | {", ".join(config["channels"])} |
-| normalisation | {config["normalization"]} |
-| output | {config["output"]}: {", ".join(config["regions"])} |
-
-{table}
-Use: `python launch/predict.py --model=BASE --adapter=THIS_DIRECTORY --input=CASES --output=PREDICTIONS`.
-For research only; not a medical device.
-"""

@@ -26,18 +26,31 @@ def attach(
       ValueError: the model has adapters already, the parameters are not its own, or the adapters or a rule do
         not fit.
     """
-    if model.adapters:
-        raise ValueError("the network has adapters already; start from its base, or merge them first")
+    adapted, wanted = fit(model, adapters, rule)
     base = paths.flatten(base_params)
     check_params(base, parameter_shapes(model), "the network")
-    adapted = model.clone(adapters=tuple(adapters))
-    wanted = parameter_shapes(adapted)
     check_params(base, {path: leaf for path, leaf in wanted.items() if path in base}, "the adapted network")
-    rules.split(wanted, rule)  # every clause must match something
     new = wanted.keys() - base.keys()
     if fresh is not None:
         new |= rules.split(wanted, fresh)[0].keys()
     return adapted, paths.unflatten({**base, **draw(adapted, key, new)})
+
+
+def fit(model: Any, adapters: tuple, rule: rules.Rule) -> tuple[Any, dict[str, Any]]:
+    """The model with ``adapters`` and the shapes of its flat parameters; nothing is computed.
+
+    Raises:
+      ValueError: the model has adapters already, or the adapters or a clause of the rule do not fit.
+    """
+    if model.adapters:
+        raise ValueError(
+            "the network has adapters already; start from its base (its run keeps it in <workdir>/base), "
+            "or merge them first"
+        )
+    adapted = model.clone(adapters=tuple(adapters))
+    shapes = parameter_shapes(adapted)
+    rules.split(shapes, rule)  # every clause must match something
+    return adapted, shapes
 
 
 def draw(model: Any, key: Any, wanted: set[str]) -> dict[str, jax.Array]:

@@ -7,6 +7,7 @@ options and calls it. Sources: Conv-Adapter (arXiv:2208.07463), LoRA (arXiv:2106
 re-initialisation (arXiv:2411.15872).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -128,8 +129,8 @@ def lora(
     """
     _at_least("rank", rank, 1)
     alpha = float(rank if alpha is None else alpha)
-    if alpha <= 0:
-        raise ValueError(f"alpha must be above 0, got {alpha}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be a number above 0, got {alpha}")
     if layers is None:
         layers = ("conv2", "conv3") if targets == "all" else ("conv2", "conv3", "stem", "conv_out")
     names = tuple(layers.split(",")) if isinstance(layers, str) else tuple(layers)

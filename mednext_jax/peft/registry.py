@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mednext_jax.nn.adapters import Adapter
+from mednext_jax.nn.mednext import parameter_shapes
 from mednext_jax.peft import attach
+from mednext_jax.peft import targets as where
 from mednext_jax.peft.methods import METHODS, Parts
 from mednext_jax.peft.rules import Rule, rule
 
@@ -62,8 +64,24 @@ class Method:
         Raises:
           ValueError: the parameters are not the model's, or the method does not fit the network.
         """
+        self.shapes_on(model)
         try:
             return attach.attach(model, base_params, self.adapters, self.rule, self.fresh, key)
+        except ValueError as error:
+            raise ValueError(f"method {self.name!r}: {error}") from None
+
+    def shapes_on(self, model: Any) -> dict[str, Any]:
+        """The shapes of all parameters of ``model`` with the method's additions, flat; nothing is computed.
+
+        Raises:
+          ValueError: the method does not fit the network.
+        """
+        known = {*sum(model.sites().values(), ()), *parameter_shapes(model)}
+        try:
+            for options in self.options.values():
+                if options.get("targets"):
+                    where.check(options["targets"], known)
+            return attach.fit(model, self.adapters, self.rule)[1]
         except ValueError as error:
             raise ValueError(f"method {self.name!r}: {error}") from None
 
@@ -133,7 +151,7 @@ def _distinct(specs: Sequence[Adapter]) -> tuple[Adapter, ...]:
     taken: set[str] = set()
     renamed = []
     for spec in specs:
-        if spec.kind not in _ADDED and spec.name in taken:
+        while spec.kind not in _ADDED and spec.name in taken:
             spec = replace(spec, name=f"{spec.name}_{spec.kind}")
         taken.add(spec.name)
         renamed.append(spec)

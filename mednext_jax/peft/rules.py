@@ -12,6 +12,7 @@ from typing import Any
 
 from mednext_jax.nn import paths
 
+DEEP_HEADS = r"out_[1-4]/.*"  # the heads of deep supervision
 FROZEN = "frozen"
 TRAINABLE = "trainable"
 

@@ -1,11 +1,12 @@
 """Where in the network a method acts: names for its parts, and the module paths inside them.
 
-``targets`` of every method is a part's name (``"decoder"``), several with commas (``"stages,down,up"``), or a
-regular expression on module paths (``"enc_block_[01]"``, ``"dec_block_0/1"``), which also takes everything
-below a module.
+``targets`` of every method is a part's name (``"decoder"``) or a regular expression on module paths
+(``"enc_block_[01]"``, ``"dec_block_0/1"``), which also takes everything below a module; or several of these
+with commas (``"stages,down,up_0"``).
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 from mednext_jax.peft import rules
 
@@ -40,16 +41,33 @@ def within(targets: str | Sequence[str], sites: str = ".*") -> str:
     Raises:
       ValueError: ``targets`` is empty or no regular expression.
     """
-    area = _area(targets)
-    return sites if area == PARTS["all"] else rf"(?=(?:{area})(?:/|$))(?:{sites})"
+    areas = [_area(target) for target in _single(targets)]
+    return sites if PARTS["all"] in areas else rf"(?=(?:{'|'.join(areas)})(?:/|$))(?:{sites})"
 
 
-def _area(targets: str | Sequence[str]) -> str:
-    if isinstance(targets, str):
-        names = [name.strip() for name in targets.split(",")]
-        targets = names if all(name in PARTS for name in names) else [targets]
-    if not targets or not all(targets):
-        raise ValueError(f"targets is empty; name a part ({', '.join(PARTS)}) or give a regular expression")
-    area = "|".join(PARTS.get(target, target) for target in targets)
+def check(targets: str | Sequence[str], paths: Collection[str]) -> None:
+    """Raise ValueError unless each of ``targets`` holds one of ``paths``, a network's sites and parameters."""
+    for target in _single(targets):
+        inside = re.compile(rf"(?:{_area(target)})(?:/.*)?")
+        if not any(inside.fullmatch(path) for path in paths):
+            raise ValueError(
+                f"targets {target!r} matches nothing in this network; name a part ({', '.join(PARTS)}) or "
+                "modules such as enc_block_0, up_2, dec_block_[01]/1"
+            )
+
+
+def _single(targets: str | Sequence[str]) -> list[str]:
+    """Each target alone; a comma inside braces belongs to a regular expression."""
+    names = re.split(r",(?![^{]*\})", targets) if isinstance(targets, str) else targets
+    names = [name.strip() for name in names]
+    if not names or not all(names):
+        raise ValueError(
+            f"targets is empty, or has an empty place; name a part ({', '.join(PARTS)}) or give a regular expression"
+        )
+    return names
+
+
+def _area(target: str) -> str:
+    area = PARTS.get(target, target)
     rules.compiled(area, "targets")
     return area

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from mednext_jax import peft
-from mednext_jax.nn.mednext import MedNeXt, parameter_shapes
-from mednext_jax.train import experiment, network
+from mednext_jax.nn.mednext import MedNeXt
+from mednext_jax.train import experiment, network, optimizer
 
 TIMED_STEPS = 3
 CPU_VOXELS = 64**3  # a CPU takes minutes for a step of 128^3, and more memory than most have
@@ -32,9 +32,10 @@ def report(config: Mapping[str, Any]) -> str:
     experiment.check_config(config)
     method = experiment.method_of(config)
     model, new = network.planned(config)
-    shapes = parameter_shapes(model.clone(adapters=method.adapters))
-    _, frozen = peft.split(shapes, method.rule)
+    shapes = method.shapes_on(model)
+    trainable, frozen = peft.split(shapes, method.rule)
     network.check_new_are_trained(method, new, frozen)
+    optimizer.make_optimizer(config["optim"], trainable)
     rows = [peft.create("full")] + ([method] if method.name != "full" else [])
     batch_size, patch = config["data"]["batch_size"], tuple(config["data"]["patch_voxels"])
     costs, timed_on = _costs(rows, model, patch, batch_size)

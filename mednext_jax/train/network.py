@@ -14,8 +14,8 @@ from mednext_jax import loading, modeldir
 from mednext_jax.nn import paths
 from mednext_jax.nn.mednext import MedNeXt, create_mednext, parameter_shapes
 from mednext_jax.peft import attach
+from mednext_jax.peft.rules import DEEP_HEADS
 
-DEEP_HEADS = r"out_[1-4]/.*"
 ALL_HEADS = r"out_\d/.*"
 HEAD_CHOICES = ("loaded", "new")
 

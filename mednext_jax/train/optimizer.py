@@ -5,6 +5,7 @@ be moved, decayed, counted in the clip or given state: with frozen leaves inside
 outside the partition silently brings their gradients back.
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
@@ -44,8 +45,10 @@ def assign_groups(
         head; ``new_warmup_steps``: extra linear warm-up of the parameters in ``new``.
       new: paths that did not come with the loaded weights (adapters, a re-initialised head).
 
-    Raises: ValueError if a regex matches no trainable path.
+    Raises: ValueError if a group is malformed or its regex matches no trainable path.
     """
+    for entry in config["groups"]:
+        _check_group(entry)
     unused = {pattern for pattern, _, _ in config["groups"]}
     last = rules.depth_of("out_0")
     groups = {}
@@ -62,6 +65,22 @@ def assign_groups(
     if unused:
         raise ValueError(f"config.optim.groups: {min(unused)!r} matches no trainable parameter")
     return groups
+
+
+def _check_group(entry: Any) -> None:
+    """Raises ValueError unless ``entry`` of ``config.optim.groups`` is a regex and two factors."""
+    factors = entry[1:] if isinstance(entry, list | tuple) and len(entry) == 3 else ()
+    if not factors or not isinstance(entry[0], str) or not all(_is_amount(factor) for factor in factors):
+        raise ValueError(
+            f"config.optim.groups: {entry!r} is not (regex, learning-rate factor, weight-decay factor), such as "
+            "('adapter/', 3.0, 1.0)"
+        )
+    rules.compiled(entry[0], "config.optim.groups:")
+
+
+def _is_amount(number: Any) -> bool:
+    """Whether it is a number of at least 0."""
+    return isinstance(number, int | float) and 0 <= number < math.inf
 
 
 def _group_transform(group: Group, config: Mapping[str, Any]) -> optax.GradientTransformation:
@@ -107,6 +126,9 @@ def make_optimizer(
     """
     if config["name"] not in NAMES:
         raise ValueError(f"config.optim.name is {config['name']!r}; it must be one of {', '.join(NAMES)}")
+    for name in ("weight_decay", "clip_norm", "new_warmup_steps"):
+        if not _is_amount(config[name]):
+            raise ValueError(f"config.optim.{name} is {config[name]}: 0 or more is needed")
     if not trainable:
         raise ValueError("no parameter is trainable: the method's rule froze all of them")
     groups = assign_groups(trainable, config, new)

@@ -1,6 +1,7 @@
 """Models from their directories to averaged probabilities."""
 
 import dataclasses
+import json
 import sys
 
 import jax
@@ -97,6 +98,12 @@ def test_adapter_is_put_on_its_base_and_refused_by_another(make_model, tmp_path)
     assert modeldir.params_hash(loaded.params) == modeldir.params_hash(expected)
     with pytest.raises(ValueError, match="trained on the base"):
         load_member(tmp_path / "other", tmp_path / "site")
+    load_member(tmp_path / "other", tmp_path / "site", force=True)
+    description = tmp_path / "site" / "adapter_config.json"
+    edited = json.loads(description.read_text()) | {"channels": ["t2f", "t1n", "t1c", "t2w"]}
+    description.write_text(json.dumps(edited))
+    with pytest.raises(ValueError, match="site was trained with channels t2f, t1n, t1c, t2w, the base has t1n, t1c"):
+        load_member(tmp_path / "base", tmp_path / "site", force=True)
 
 
 def test_plain_models_are_loaded_without_the_peft_package(make_model, tmp_path, monkeypatch):

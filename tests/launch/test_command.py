@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
@@ -25,6 +26,13 @@ import command  # noqa: E402
 def test_errors_of_the_system_name_the_path_and_the_remedy(number, remedy):
     line = command.one_line(OSError(number, os.strerror(number), "/data/out"))
     assert line.startswith("/data/out: ") and remedy in line and "Errno" not in line
+
+
+def test_memory_of_the_device_that_ran_out_is_told_with_a_remedy():
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes.\n at ...")
+    assert command.ran_out_of_memory(error)
+    assert command.one_line(error).startswith("out of device memory (2 GiB were wanted at once); take a smaller patch")
+    assert not command.ran_out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: a fault of ours"))
 
 
 def test_our_own_errors_stay_as_they_are():

@@ -70,6 +70,30 @@ def test_adapter_of_another_base_is_refused_unless_forced(saved, network, base):
     assert np.array_equal(flatten(params)["stem/bias"], other["stem/bias"])
 
 
+def test_base_that_differs_where_the_adapter_brings_its_own_is_the_same_base(saved, network, base):
+    other = base | {"bottleneck/0/norm/bias": base["bottleneck/0/norm/bias"] + 1}
+    _, expected = peft.load_adapter(saved, base).apply_to(network, base)
+    _, params = peft.load_adapter(saved, other).apply_to(network, other)
+    assert modeldir.params_hash(params) == modeldir.params_hash(expected)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_heads_of_deep_supervision_may_be_on_one_side_only(tmp_path, network, deep):
+    trained_on, used_on = network.clone(deep_supervision=deep), network.clone(deep_supervision=not deep)
+    random = np.random.default_rng(8)
+    every = {path: random.standard_normal(leaf.shape, np.float32)
+             for path, leaf in parameter_shapes(network.clone(deep_supervision=True)).items()}  # fmt: skip
+    starts = {net: {path: every[path] for path in parameter_shapes(net)} for net in (trained_on, used_on)}
+    method, params = trained(trained_on, starts[trained_on], 4, "lora+head", rank=2)
+    peft.save_adapter(tmp_path / "site", method, params, starts[trained_on], INFO)
+    model, found = peft.load_adapter(tmp_path / "site", starts[used_on]).apply_to(used_on, starts[used_on])
+    assert model.deep_supervision is not deep
+    found = flatten(found)
+    assert found.keys() == parameter_shapes(model).keys()
+    assert all(np.array_equal(found[path], leaf) for path, leaf in params.items() if not path.startswith("out_")
+               or path.startswith("out_0/"))  # fmt: skip
+
+
 def test_adapter_is_refused_by_a_network_it_does_not_fit(saved, network, base):
     adapter = peft.load_adapter(saved, base)
     with pytest.raises(ValueError, match=r"has shape .*, but this adapter's method on this network needs"):
@@ -98,6 +122,7 @@ def edit(**fields):
         ("adapter_config.json", edit(format_version=2), "has format version 2, this program reads 1"),
         ("adapter_config.json", edit(tensors_hash=""), "does not have the hash"),
         ("adapter_config.json", edit(base_hash=None), "lacks a proper 'base_hash'"),
+        ("adapter_config.json", edit(frozen_hash=1), "lacks a proper 'frozen_hash'"),
         ("adapter_config.json", edit(options={"prefix": {}}), "unknown method 'prefix'"),
         ("adapter_config.json", edit(options={"norm": {"rank": 1}}), "no option 'rank'"),
         ("adapter_config.json", edit(options={}), "does not describe a method"),
@@ -108,6 +133,11 @@ def test_damaged_or_foreign_adapter_gives_one_line(saved, base, name, damage, me
     with pytest.raises(ValueError, match=message) as raised:
         peft.load_adapter(saved, base)
     assert name in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_training_workdir_stands_for_the_adapter_in_it(saved, base):
+    saved.rename(saved.parent / "adapter")
+    assert peft.load_adapter(saved.parent, base).config["cohort"] == "BraTS-Africa"
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])

@@ -99,7 +99,8 @@ def test_selecting_methods_are_confined_by_targets():
         ("head", {"rank": 4}, "method 'head' has no option 'rank'; it takes no options"),
         ("prefix", {}, "unknown method 'prefix'; the methods are full, head"),
         ("lora", {"rank": 0}, "rank must be a whole number of at least 1, got 0"),
-        ("lora", {"alpha": -1.0}, "alpha must be above 0"),
+        ("lora", {"alpha": -1.0}, "alpha must be a number above 0"),
+        ("lora", {"alpha": float("nan")}, "alpha must be a number above 0"),
         ("lora", {"layers": "conv4"}, "layers must be one of conv1, conv2"),
         ("conv_adapter", {"kernel_size": 4}, "kernel_size must be odd"),
         ("conv_adapter", {"placement": "beside"}, "placement must be one of parallel, sequential, got 'beside'"),
@@ -109,6 +110,7 @@ def test_selecting_methods_are_confined_by_targets():
         ("linear_adapter", {"ratio": 0.0}, "ratio must be above 0"),
         ("norm", {"targets": "enc_block_(0"}, "is not a regular expression"),
         ("norm", {"targets": ""}, "targets is empty"),
+        ("norm", {"targets": "stages,,up"}, "targets is empty, or has an empty place"),
         ("norm+norm", {}, "a method can appear once"),
     ],
 )
@@ -124,6 +126,13 @@ def test_options_that_are_none_keep_their_defaults():
     assert method == peft.create("conv_adapter", gamma=8)
 
 
+def test_three_adapters_around_one_module_have_names_of_their_own():
+    method = peft.create("conv_adapter+paper_sequential+paper_parallel")
+    assert len({spec.name for spec in method.adapters}) == 3
+    trainable, _ = peft.split(method.shapes_on(create_mednext("S", n_classes=4)), method.rule)
+    assert count_parameters(trainable) == 152_112 + 2 * 1_793_472
+
+
 def test_composition_gives_each_part_its_options():
     method = peft.compose(peft.create("lora", rank=2, targets="decoder"), peft.create("norm", targets="encoder"))
     assert method.name == "lora+norm"
@@ -136,7 +145,9 @@ def test_composition_gives_each_part_its_options():
     ("name", "options", "message"),
     [
         ("conv_adapter", {"gamma": 3}, "gamma 3 does not divide"),
-        ("conv_adapter", {"targets": "enc_block_7"}, "matches no module"),
+        ("conv_adapter", {"targets": "enc_block_7"}, "targets 'enc_block_7' matches nothing in this network; name"),
+        ("norm", {"targets": "decoder,nowhere"}, "targets 'nowhere' matches nothing"),
+        ("lora", {"targets": "down", "layers": "stem"}, "matches no layer"),
         ("norm", {"targets": "stem"}, "matches none of the network's"),
         ("linear_adapter", {"targets": "down", "placement": "parallel"}, "cannot change the shape"),
     ],

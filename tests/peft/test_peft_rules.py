@@ -75,6 +75,8 @@ def test_labels_follow_the_groups():
         ("stages", targets.BLOCK, "bottleneck/0", "bottleneck"),
         ("enc_block_[01]", targets.STAGE, "enc_block_1", "enc_block_2"),
         ("dec_block_0/1", targets.layer("conv2"), "dec_block_0/1/conv2", "dec_block_0/0/conv2"),
+        ("decoder,enc_block_0", targets.STAGE, "enc_block_0", "enc_block_1"),
+        ("up_\\d{1,2},stem", targets.BLOCK, "up_3", "down_3"),
         (("stem", "out_0"), ".*", "out_0/conv_out/kernel", "out_1/conv_out/kernel"),
         ("all", targets.layer("conv1"), "up_2/conv1", "enc_block_0/adapter/conv1"),
     ],

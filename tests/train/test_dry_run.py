@@ -1,5 +1,6 @@
 """The dry run: the chosen method beside full fine-tuning, with every figure, and the errors of the real run."""
 
+import dataclasses
 import re
 
 import jax
@@ -64,6 +65,17 @@ def test_a_large_step_is_timed_small_on_a_cpu_and_scaled_by_its_arithmetic(plann
     assert table(text)["norm"][-1] == f"{2.0 * 2 * 4:.2f} s"
 
 
+def test_an_adapted_network_is_no_base(planned, tmp_path):
+    adapters = [{"kind": "lora", "target": "up_0/conv2", "rank": 1, "alpha": 1.0}]
+    info = dataclasses.replace(INFO, kwargs={**INFO.kwargs, "adapters": adapters})
+    shapes = parameter_shapes(info.network())
+    modeldir.save_model(tmp_path / "run" / "model", info, paths.unflatten(
+        {path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items()}))  # fmt: skip
+    planned.init_from = str(tmp_path / "run")
+    with pytest.raises(ValueError, match="has adapters already; start from its base"):
+        dry_run.report(planned)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -75,7 +87,8 @@ def test_a_large_step_is_timed_small_on_a_cpu_and_scaled_by_its_arithmetic(plann
         ({"init_head": "fresh"}, "config.init_head is 'fresh'"),
         ({"init_from": "nowhere"}, "nowhere does not exist"),
         ({"init_from": ""}, "are both empty"),
-        ({"peft": {"method": "lora", "targets": "enc_block_7"}}, "matches no layer"),
+        ({"peft": {"method": "lora", "targets": "enc_block_7"}}, "'lora': targets 'enc_block_7' matches nothing"),
+        ({"optim": {"groups": (("up_9", 1.0, 1.0),)}}, "config.optim.groups: 'up_9' matches no trainable"),
         ({"data": {"patch_voxels": (24, 16, 16)}}, "three sizes divisible by 16"),
     ],
 )

@@ -66,6 +66,20 @@ def test_first_matching_group_sets_rate_and_decay():
     assert updates["stem/kernel"] == pytest.approx(-0.5 * (1 + 0.1))
 
 
+@pytest.mark.parametrize("entry", [("head", 1.0), "head", ("head", "fast", 1.0), ("head", -1.0, 1.0), (1, 1.0, 1.0)])
+def test_malformed_group_is_shown_with_an_example(entry):
+    with pytest.raises(ValueError, match=r"config.optim.groups: .* is not \(regex, .* such as \('adapter/', 3"):
+        one_update({"groups": (entry,)})
+
+
+def test_group_of_a_broken_expression_and_negative_amounts_are_refused():
+    with pytest.raises(ValueError, match=r"config.optim.groups: '\(' is not a regular expression"):
+        one_update({"groups": (("(", 1.0, 1.0),)})
+    for name in ("weight_decay", "clip_norm", "new_warmup_steps"):
+        with pytest.raises(ValueError, match=f"config.optim.{name} is -1: 0 or more"):
+            one_update({name: -1})
+
+
 def test_group_that_matches_nothing_raises():
     with pytest.raises(ValueError, match="'bottleneck' matches no trainable"):
         one_update({"groups": (("bottleneck", 1.0, 1.0),)})
