@@ -40,10 +40,10 @@ ADAPTERS = {
 def shapes_alone(monkeypatch):
     """Counting needs shapes: tracing every tap of every block and every initialiser would take most of a minute."""
 
-    def conv(x, kernel, stride=1):
+    def conv(x, kernel, stride=1, bias=None):
         return x[(slice(None), *(slice(None, None, stride),) * (x.ndim - 2))]
 
-    def transpose(x, kernel):
+    def transpose(x, kernel, bias=None):
         return jnp.zeros((x.shape[0], *(2 * n - 1 for n in x.shape[1:-1]), x.shape[-1]), x.dtype)
 
     def zeros(fan_in):
