@@ -158,7 +158,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     option("size", (data, predict), "Edge of the cubic crop or window.", type=positive, default=128)
     option("batch", (step, peft, depthwise, data, compile), "Patches.", type=positive, default=1)
     option("channels", (depthwise,), "Channels.", type=positive, default=32)
-    option("methods", (peft,), "Some methods, with commas; else all.", type=lambda text: text.split(","), default=[])
+    option("methods", (peft,), "Some methods, with commas, as name or name:option=value; else all.", default=[],
+           type=lambda text: text.split(","))
     option("store", (data,), "Store to read; else one of noise is written and removed again.", default="")
     option("threads", (data,), "Reading threads.", type=int, default=2)
     option("workers", (data,), "Reading processes, instead of threads.", type=int, default=0)

@@ -79,6 +79,22 @@ def _depthwise(
     return compiled(lambda x, w, g: jax.vjp(operation, x, w)[1](g)[position], x, w, g)
 
 
+def method_of(text: str) -> peft.Method:
+    """A method from ``name`` or ``name:option=value:option=value``.
+
+    Raises:
+      ValueError: no such method or option.
+    """
+    name, *given = text.split(":")
+    options: dict[str, Any] = {}
+    for setting in given:
+        option, separator, value = setting.partition("=")
+        if not separator:
+            raise ValueError(f"--methods: {setting!r} of {text!r} is no option=value, like targets=decoder")
+        options[option] = int(value) if value.isdecimal() else value
+    return peft.create(name, **options)
+
+
 def peft_rows(
     network: Network, size: int, batch: int, repeats: int, names: list[str]
 ) -> tuple[str, list[dict[str, Any]]]:
@@ -86,7 +102,7 @@ def peft_rows(
 
     Each row says its share of the first's, ``full``'s.
     """
-    methods = [peft.create(name) for name in dict.fromkeys(["full", *(names or peft.METHODS)])]
+    methods = [method_of(name) for name in dict.fromkeys(["full", *(names or peft.METHODS)])]
     costs = peft.costs(methods, model_of(network), (size,) * 3, batch, compiled=True, timed_steps=repeats)
     rows = [asdict(cost) for cost in costs]
     for row in rows:
