@@ -148,11 +148,33 @@ def scale_shift(module: nn.Module, channels: int) -> ScaleShift:
 def pointwise(x: Array, weights: Weights) -> Array:
     """A 1x1 convolution as a matrix product: (..., in) -> (..., out), in the dtype of ``x``."""
     matrix = weights.kernel.reshape(weights.kernel.shape[-2:])
-    y = x @ matrix.astype(x.dtype) + weights.bias.astype(x.dtype)
+    y = _with_bias(x @ matrix.astype(x.dtype), weights.bias)
     if weights.low_rank is not None:
         low = weights.low_rank
         y = y + (x @ low.a.astype(x.dtype)) @ low.b.astype(x.dtype) * low.scale
     return scaled_and_shifted(y, weights.ssf)
+
+
+@jax.custom_vjp
+def _with_bias(y: Array, bias: Array) -> Array:
+    return y + bias.astype(y.dtype)
+
+
+def _with_bias_backward(bias: Array, g: Array) -> tuple[Array, Array]:
+    """On CPU the bias's gradient is a matrix product, not a sum.
+
+    XLA would fuse the sum with the convolution gradient that makes g, but only its additions, and keep an array per
+    kernel tap (1.6 GB in a step that trains norms and biases at 64^3; without, 0.43).
+    """
+    rows = g.reshape(-1, g.shape[-1])
+    if jax.default_backend() == "cpu":
+        total = jnp.ones((rows.shape[0],), rows.dtype) @ rows
+    else:
+        total = rows.sum(0, dtype=jnp.promote_types(g.dtype, jnp.float32))
+    return g, total.astype(bias.dtype)
+
+
+_with_bias.defvjp(lambda y, bias: (_with_bias(y, bias), bias), _with_bias_backward)
 
 
 def gelu(x: Array) -> Array:
