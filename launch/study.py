@@ -125,7 +125,7 @@ class Study:
         """Takes note that a command ended; its worker gets the next one, or goes."""
         step, seconds = running.step, time.monotonic() - running.began
         if code == 0:
-            step.mark_done(self.folder, seconds)
+            step.mark_done(self.folder, seconds, running.worker.cpu_seconds)
         running.claim.close()
         if code == 0 and running.worker.started < self.config.steps_per_process:
             self.idle.append(running.worker)

@@ -48,10 +48,11 @@ class Step:
                              "--workdir, or remove the note to do the step again")
         return True
 
-    def mark_done(self, folder: Path, seconds: float) -> None:
-        """Leaves a note that the step is done."""
+    def mark_done(self, folder: Path, seconds: float, cpu_seconds: float = 0.0) -> None:
+        """Leaves a note that the step is done, and what it took."""
         note_of(folder, self.name).parent.mkdir(parents=True, exist_ok=True)
-        content = {"command": list(self.argv[1:]), "seconds": round(seconds, 1)}
+        content = {"command": list(self.argv[1:]), "seconds": round(seconds, 1),
+                   "cpu_seconds": round(cpu_seconds, 1)}
         atomic.write_json(note_of(folder, self.name), content)
 
 

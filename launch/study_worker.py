@@ -28,6 +28,7 @@ class Worker:
 
     Attributes:
       started: commands it was given.
+      cpu_seconds: processor time of the last command that ended, its own processes included.
     """
 
     def __init__(self):
@@ -35,7 +36,7 @@ class Worker:
         with theirs:
             command = [sys.executable, __file__, str(theirs.fileno())]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),))
-        self.started = 0
+        self.started, self.cpu_seconds = 0, 0.0
 
     def begin(self, argv: Sequence[str], log: Path, claim: int) -> None:
         """Starts a command.
@@ -57,7 +58,8 @@ class Worker:
             return None
         with contextlib.suppress(ConnectionError):
             if answer := self._channel.recv(MESSAGE_BYTES):
-                return int(answer)
+                code, self.cpu_seconds = json.loads(answer)
+                return code
         return self._process.wait() or DIED
 
     def ask_to_stop(self) -> None:
@@ -111,13 +113,14 @@ def serve(channel: socket.socket) -> None:
         with open(wanted["log"], "ab") as log:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
+        before = sum(os.times()[:4])
         code = run(wanted["argv"])
         sys.stdout.flush()
         sys.stderr.flush()
         for descriptor in descriptors:
             os.close(descriptor)
         with contextlib.suppress(BrokenPipeError):
-            channel.sendall(str(code).encode())
+            channel.sendall(json.dumps([code, sum(os.times()[:4]) - before]).encode())
 
 
 if __name__ == "__main__":
