@@ -32,6 +32,9 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Everything the study makes goes here.")
 JOBS = flags.DEFINE_integer("jobs", 1, "Steps that run at the same time on this machine.", lower_bound=1)
+EXPECTED = flags.DEFINE_string(
+    "expected", None, "results.json of the same study done before: exit code 1 unless all means lie in its intervals."
+)
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 10  # how often to look whether other processes did something
 STOP_SECONDS = 120  # for a stopped step to save
@@ -175,7 +178,11 @@ def main(_) -> int:
         return REQUEUE
     print(study_result.text(folder))
     print(f"{steps} steps, {(time.monotonic() - began) / 60:.1f} minutes\nreport: {study_result.page(folder)}")
-    return 0
+    if not EXPECTED.value:
+        return 0
+    said, agrees = study_result.compared(folder, Path(EXPECTED.value))
+    print(said)
+    return 0 if agrees else 1
 
 
 if __name__ == "__main__":
