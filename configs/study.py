@@ -107,11 +107,11 @@ def _simulated(c: ConfigDict) -> None:
     c.source.update(val_fraction=0.1, test_fraction=0.25)
     c.target.test_fraction = 0.3
     c.pretrain.overrides = ("optim.total_steps=240", "eval.every=0", "checkpoint_every=240")
-    c.overrides = ("optim.total_steps=120", "data.batch_size=1", "eval.every=0", "eval.overlap=0.25",
-                   "checkpoint_every=120")  # fmt: skip
-    c.rates.update(subsets=1, overrides=("eval.every=120",))
-    c.few_shot.update(sizes=(1, 4, 30), arms=("full", "conv_adapter"), replicates=2)
-    c.ablation.update(replicates=2, squeezed_voxels=(32, 32, 32), validations=3)
+    c.overrides = ("optim.total_steps=80", "data.batch_size=1", "eval.every=0", "eval.overlap=0.25",
+                   "checkpoint_every=80")  # fmt: skip
+    c.rates.update(subsets=1, max_trials=5, overrides=("eval.every=80",))
+    c.few_shot.update(sizes=(1, 30), arms=("full", "conv_adapter"), replicates=2)
+    c.ablation.update(replicates=1, squeezed_voxels=(32, 32, 32), validations=3)
     c.predict.update(overlap=0.25, min_component_mm3=("500",))
 
 
