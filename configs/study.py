@@ -62,6 +62,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         rate_decay=1e-6,  # what the released full fine-tuning's inverted schedule leaves of the learning rate
     ))  # fmt: skip
     c.predict = ConfigDict(dict(overlap=0.5, flips=False, thresholds=(), min_component_mm3=("50",)))
+    c.pages = ("main",)  # groups of runs (main, few_shot, ablations) whose evaluation becomes a page of its own
     if arg == "simulated":
         _simulated(c)
     if arg == "demo":

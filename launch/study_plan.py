@@ -130,10 +130,11 @@ def _prediction_flags(config: Any) -> list[str]:
 
 def _evaluate(config, folder: Path, group: str, cohort: str, data: str, found: dict[str, Path], needs) -> Step:
     output = study_result.evaluation(folder, group, cohort, data)
+    page = ("viewer_cases=3",) if group in config.pages else ("nopage",)
     argv = launcher(
         "evaluate", *(f"predictions={run}={path}" for run, path in found.items()),
         f"references={cohorts.references(config, folder, cohort, data)}", f"output={output}",
-        f"note={cohorts.note(config)}", f"viewer_cases={3 if group == 'main' else 0}",
+        f"note={cohorts.note(config)}", *page,
     )  # fmt: skip
     return Step(f"evaluate_{output.name}", argv, needs=needs)
 

@@ -69,7 +69,8 @@ def write(config: Any, folder: Path) -> None:
         "estimates": {name: dataclasses.asdict(value) for name, value in estimates.items()},
         "tables": {s.title: {"header": list(s.header), "rows": list(map(list, s.rows))} for s in sections if s.rows},
     }
-    links = {f"Report: {path.name}": f"{path.name}/report.html" for path in sorted(folder.glob("evaluation*"))}
+    pages = sorted(folder.glob("evaluation*/report.html"))
+    links = {f"Report: {path.parent.name}": str(path.relative_to(folder)) for path in pages}
     atomic.write_bytes(folder / MARKDOWN_FILE, report.markdown(title, note, sections).encode())
     atomic.write_bytes(page(folder), report.page(title, note, sections, links).encode())
     for section in sections:
