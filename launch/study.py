@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # configs/ is not installed
 
 import command
+import study_cost
 import study_plan
 import study_result
 import study_steps
@@ -35,6 +36,8 @@ JOBS = flags.DEFINE_integer("jobs", 1, "Steps that run at the same time on this 
 EXPECTED = flags.DEFINE_string(
     "expected", None, "results.json of the same study done before: exit code 1 unless all means lie in its intervals."
 )
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show how many runs the study has and their arithmetic; no data.")
+TFLOPS = flags.DEFINE_float("tflops", 6.0, "With --dry_run: operations per second of the device, in 10^12.", 1e-3)
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 10  # how often to look whether other processes did something
 STOP_SECONDS = 120  # for a stopped step to save
@@ -164,10 +167,13 @@ def _on_signal(number, frame) -> None:
 
 def main(_) -> int:
     config = CONFIG.value
-    if config is None or not WORKDIR.value:
+    if config is None or not (WORKDIR.value or DRY_RUN.value):
         raise ValueError("give --config=configs/study.py:demo (or :simulated, or :real) and --workdir=FOLDER")
-    folder, began = Path(WORKDIR.value), time.monotonic()
     study_plan.split_names(config)
+    if DRY_RUN.value:
+        print(study_cost.report(config, TFLOPS.value))
+        return 0
+    folder, began = Path(WORKDIR.value), time.monotonic()
     study_plan.check(config, folder)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _on_signal)

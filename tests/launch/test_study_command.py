@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 
+import study_cost  # noqa: E402
 import study_plan  # noqa: E402
 import study_runs  # noqa: E402
 import study_steps  # noqa: E402
@@ -120,6 +121,25 @@ def test_each_fault_changes_one_thing(tmp_path):
     changed = set(found["selection_by_label1.full@0"].overrides) - set(found["selection_by_mean.full@0"].overrides)
     assert changed == {"eval.score=label1"}
     assert any(o.startswith("optim.peak_lr=4e-09") for o in found["resumed_full.full@0"].overrides)
+
+
+def test_the_dry_run_counts_the_runs_that_the_plan_has(tmp_path):
+    config = study_config.get_config("simulated")
+    config.rates.update(trials=1, max_trials=1)  # with more the plan grows as it goes
+    planned = [name for name in plan(config, tmp_path) if name.startswith("train_")]
+    assert sum(map(len, study_cost.groups(config).values())) == len(planned)
+    config.rates.trials = 3
+    assert len(study_cost.groups(config)["learning rates (first grids)"]) == 3 * len(config.arms)
+
+
+def test_the_dry_run_counts_arithmetic_of_what_a_run_overrides(tmp_path):
+    config = study_config.get_config("demo")
+    small = ("model.n_channels=2", "model.kernel_size=1", "model.block_counts=0,0,0,0,0,0,0,0,0")
+    config.pretrain.overrides = (*small, "data.patch_voxels=16,16,16")
+    config.overrides = ("data.patch_voxels=16,16,16", "optim.total_steps=10")
+    one = study_cost.flops(config, study_runs.arm(config, "full", "full", study_runs.Seeds(0, 0, 0)))
+    twice = ("optim.total_steps=20",)
+    assert study_cost.flops(config, study_runs.arm(config, "full", "full", study_runs.Seeds(0, 0, 0), twice)) == 2 * one
 
 
 def test_a_finished_step_is_skipped_but_not_when_its_command_was_another(tmp_path):
