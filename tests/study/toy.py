@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 from configs import study
 
 TINY = ("model.n_channels=4", "model.exp_r=1", "model.kernel_size=1", "model.block_counts=0,0,0,0,0,0,0,0,0")
-SHORT = ("data.patch_voxels=16,16,16", "data.batch_size=2", "optim.peak_lr=0.03", "optim.total_steps=120",
-         "eval.every=0", "checkpoint_every=120")  # fmt: skip
+SHORT = ("data.patch_voxels=16,16,16", "data.batch_size=2", "optim.total_steps=120", "eval.every=0",
+         "checkpoint_every=120")  # fmt: skip
+FAST = "optim.peak_lr=0.03"
 
 
 def get_config() -> ConfigDict:
@@ -20,9 +21,10 @@ def get_config() -> ConfigDict:
     c.target.update(val_fraction=0.1, test_fraction=0.5)
     c.simulate.enabled = False
     c.subset_seeds = (0, 1)
-    c.pretrain.overrides = (*TINY, *SHORT)
+    c.pretrain.overrides = (*TINY, *SHORT, FAST)
     c.overrides = SHORT
-    c.recipes.again = ConfigDict(dict(file="full", overrides=("data.order_seed=7",)))
+    c.recipes.full.overrides = (FAST,)
+    c.recipes.again = ConfigDict(dict(file="full", overrides=(FAST, "data.order_seed=7")))
     c.recipes.frozen = ConfigDict(dict(file="full", overrides=("optim.peak_lr=1e-20",)))
     c.arms = ("full", "again", "frozen")
     c.max_train_cases = 4
