@@ -20,7 +20,7 @@ def concluded(tmp_path_factory) -> dict:
              for name, target in (("source", False), ("target", True))]  # fmt: skip
     command = [sys.executable, str(ROOT / "launch" / "study.py"), f"--config={Path(__file__).parent / 'toy.py'}",
                f"--workdir={folder / 'study'}", *roots]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "study" / "results.json").read_text())
 
