@@ -109,6 +109,7 @@ def test_nothing_final_is_planned_before_every_arms_learning_rate_is_chosen(tmp_
 
 def test_each_fault_changes_one_thing(tmp_path):
     config = study_config.get_config("simulated")
+    config.ablation.replicates = 2
     rates = dict.fromkeys(config.arms, 1e-3)
     clean = {one.name: one for one in study_runs.final_runs(config, rates)}
     found = {one.name: one for one in study_runs.ablation_runs(config, rates)}
