@@ -5,7 +5,7 @@ arm. The protocol is fixed before any test case is seen: the learning rate of ea
 target subset, initial weights and data order have seeds of their own, and test cases are touched once, at the end.
 
     python launch/study.py --config=configs/study.py:demo --workdir=runs/demo             # simulated, minutes
-    python launch/study.py --config=configs/study.py:simulated --workdir=runs/simulated   # two hours on two cores
+    python launch/study.py --config=configs/study.py:simulated --workdir=runs/simulated   # two free cores: an hour?
     python launch/study.py --config=configs/study.py:real --workdir=runs/study \
         --config.source.root=DATA/BraTS2021 --config.target.root=DATA/BraTS-Africa        # one GPU of 24 GB, weeks
     # fewer arms:            ... --config.arms=full,lora
@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 ARMS = ("scratch", "full", "paper_sequential", "paper_parallel", "conv_adapter", "conv_adapter_block", "lora",
         "norm_bias_head", "decoder", "last_stages_reinit")  # fmt: skip
+LEGACY_ARMS = ("paper_sequential_legacy", "paper_parallel_legacy")  # with learning rates of their own
 FAULTS = ("permuted_channels", "squeezed", "joint_normalization", "selection_by_label1", "legacy_adapters",
           "resumed_full")  # fmt: skip
 DEMO_ARMS = ("scratch", "full", "paper_sequential", "conv_adapter")
@@ -34,7 +35,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.source = _cohort(val_fraction=0.1, test_fraction=0.1)
     c.target = _cohort(val_fraction=0.15, test_fraction=0.35)
     # Used where neither root nor store is given: cases of each cohort, voxel edge, seed.
-    c.simulate = ConfigDict(dict(enabled=arg != "real", source_cases=64, target_cases=70, spacing_mm=3.0, seed=1))
+    c.simulate = ConfigDict(dict(enabled=arg != "real", source_cases=64, target_cases=70, spacing_mm=3.0, seed=2,
+                                 version=1))  # of the simulator: another one is refused
+    c.steps_per_process = 1  # more save start-up time, where the runs are short
     # Replicate r of every arm takes subset_seeds[r], and init_seeds and order_seeds in turn (all pairs with
     # crossed=True). Pre-training runs once per init seed.
     c.subset_seeds = (0, 1, 2, 3, 4)
@@ -43,12 +46,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.crossed = arg == "real"
     c.max_train_cases = 0  # target cases that arms train on, drawn by the subset seed; 0: all training cases
     c.pretrain = ConfigDict(dict(init_from="", overrides=()))
-    c.arms = ARMS
+    c.arms = ARMS + LEGACY_ARMS
     c.recipes = _recipes()
     c.overrides = ()  # of every arm's config, such as "optim.total_steps=1000"
     # Learning rates: trials rates, a factor apart, around the recipe's own; while the best is at an edge the grid
     # grows, up to max_trials. Chosen by the validation score, mean over that many tuning subsets.
-    c.rates = ConfigDict(dict(trials=3, factor=3.0, max_trials=6, subsets=2))
+    c.rates = ConfigDict(dict(trials=3, factor=3.0, max_trials=6, subsets=2, overrides=()))
     c.few_shot = ConfigDict(dict(sizes=(1, 5, 10, 30), arms=("scratch", "full", "conv_adapter"), replicates=5))
     c.ablations = FAULTS
     c.ablation = ConfigDict(dict(
@@ -59,6 +62,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         rate_decay=1e-6,  # what the released full fine-tuning's inverted schedule leaves of the learning rate
     ))  # fmt: skip
     c.predict = ConfigDict(dict(overlap=0.5, flips=False, thresholds=(), min_component_mm3=("50",)))
+    c.pages = ("main",)  # groups of runs (main, few_shot, ablations) whose evaluation becomes a page of its own
     if arg == "simulated":
         _simulated(c)
     if arg == "demo":
@@ -81,6 +85,8 @@ def _recipes() -> ConfigDict:
         ("full", "full", ()),
         ("paper_sequential", "peft", ("peft.method=paper_sequential",)),
         ("paper_parallel", "peft", ("peft.method=paper_parallel",)),
+        ("paper_sequential_legacy", "peft", ("peft.method=paper_sequential", "peft.legacy=True")),
+        ("paper_parallel_legacy", "peft", ("peft.method=paper_parallel", "peft.legacy=True")),
         ("conv_adapter", "peft", ("peft.method=conv_adapter+head",)),
         ("conv_adapter_block", "peft", ("peft.method=conv_adapter+head", "peft.scope=block")),
         ("lora", "peft", ("peft.method=lora+head",)),
@@ -93,20 +99,26 @@ def _recipes() -> ConfigDict:
 
 
 def _simulated(c: ConfigDict) -> None:
-    """Two hours on two cores: 8 channels, 32^3 patches of 3 mm voxels, 12 target cases to train on."""
+    """Sized for an hour on two free cores (not shown yet): 8 channels, 32^3 patches of 3 mm voxels, 12 target cases to
+    train on. Only the trials validate; everything else takes the last step's network.
+    """
+    c.steps_per_process = 20
+    c.arms = ARMS  # the legacy adapters are an ablation here
     c.max_train_cases = 12
     c.source.update(val_fraction=0.1, test_fraction=0.25)
-    c.pretrain.overrides = ("optim.total_steps=400", "eval.every=400", "eval.overlap=0.25")
-    c.overrides = ("optim.total_steps=160", "data.batch_size=1", "eval.every=160", "eval.overlap=0.25",
-                   "checkpoint_every=160")  # fmt: skip
-    c.rates.subsets = 1
-    c.few_shot.update(sizes=(1, 4, 30), replicates=2)
-    c.ablation.update(replicates=2, squeezed_voxels=(32, 32, 32), validations=4)
+    c.target.test_fraction = 0.3
+    c.pretrain.overrides = ("optim.total_steps=240", "eval.every=0", "checkpoint_every=240")
+    c.overrides = ("optim.total_steps=80", "data.batch_size=1", "eval.every=0", "eval.overlap=0.25",
+                   "checkpoint_every=80")  # fmt: skip
+    c.rates.update(subsets=1, max_trials=5, overrides=("eval.every=80",))
+    c.few_shot.update(sizes=(1, 30), arms=("full", "conv_adapter"), replicates=2)
+    c.ablation.update(replicates=1, squeezed_voxels=(32, 32, 32), validations=3)
     c.predict.update(overlap=0.25, min_component_mm3=("500",))
 
 
 def _demo(c: ConfigDict) -> None:
     """Minutes: four arms at the learning rates of their config files, one seed, no ablation."""
+    c.steps_per_process = 20
     c.simulate.update(source_cases=40, target_cases=24, seed=0)
     c.source.test_fraction = 0.2
     c.target.update(val_fraction=0.1, test_fraction=0.5)

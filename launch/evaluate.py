@@ -62,6 +62,7 @@ REQUIRE_ALL = flags.DEFINE_bool(
     "require_all", False, "End with exit code 1, the results written, if a reference has no prediction."
 )
 NOTE = flags.DEFINE_string("note", "", "Line at the top of the report, such as: simulated data.")
+PAGE = flags.DEFINE_bool("page", True, "Write report.html, and viewer.html where it can be.")
 VIEWER_CASES = flags.DEFINE_integer("viewer_cases", 3, "Cases in the 3-D viewer; 0 for none.", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.")
 
@@ -167,9 +168,10 @@ def main(_) -> int:
     tables.write_json(output / "summary.json", summary.as_json(evaluation, result, made))
     if FORMAT.value == "brats2023":
         official.write(output / "brats2023.csv", evaluation.table)
-    from mednext_jax.evaluate import report  # matplotlib is not for the worker processes
+    if PAGE.value:
+        from mednext_jax.evaluate import report  # matplotlib is not for the worker processes
 
-    report.write(output, evaluation, result, made, NOTE.value, IMAGES.value, VIEWER_CASES.value)
+        report.write(output, evaluation, result, made, NOTE.value, IMAGES.value, VIEWER_CASES.value)
     print_result(evaluation, result)
     print(f"wrote {', '.join(sorted(p.name for p in output.iterdir() if p.is_file()))} to {output}")
     if REQUIRE_ALL.value and evaluation.incomplete:

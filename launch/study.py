@@ -12,7 +12,6 @@ several GPUs or machines (with CUDA_VISIBLE_DEVICES, or one job each) shares the
 
 import contextlib
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,17 +20,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # configs/ is not installed
 
 import command
+import study_cost
 import study_plan
 import study_result
 import study_steps
 from absl import flags
 from ml_collections import config_flags
+from study_worker import Worker
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Study file with its variant, such as configs/study.py:demo.", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Everything the study makes goes here.")
 JOBS = flags.DEFINE_integer("jobs", 1, "Steps that run at the same time on this machine.", lower_bound=1)
+EXPECTED = flags.DEFINE_string(
+    "expected", None, "results.json of the same study done before: exit code 1 unless all means lie in its intervals."
+)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show how many runs the study has and their arithmetic; no data.")
+TFLOPS = flags.DEFINE_float("tflops", 6.0, "With --dry_run: operations per second of the device, in 10^12.", 1e-3)
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 10  # how often to look whether other processes did something
 STOP_SECONDS = 120  # for a stopped step to save
@@ -44,10 +50,10 @@ class Stopped(Exception):
 
 @dataclass
 class Running:
-    """A step at work: its process, its claim and when it began."""
+    """A step at work: who does it, its claim and when it began."""
 
     step: study_steps.Step
-    process: subprocess.Popen
+    worker: Worker
     claim: contextlib.ExitStack
     began: float = field(default_factory=time.monotonic)
 
@@ -58,6 +64,7 @@ class Study:
     def __init__(self, config, folder: Path, jobs: int):
         self.config, self.folder, self.jobs = config, folder, jobs
         self.running: dict[str, Running] = {}
+        self.idle: list[Worker] = []
         self.done: set[str] = set()
         self.acted = False  # a step that needed no process was done: there may be others now
 
@@ -96,39 +103,46 @@ class Study:
         began = time.monotonic()
         with contextlib.ExitStack() as failing:
             failing.callback(stack.close)
-            process = step.start(self.folder, claim)
+            step.action()
+            if step.argv:
+                worker = self.idle.pop() if self.idle else Worker()
+                self.running[step.name] = Running(step, worker, stack, began)
+                worker.begin(step.argv[1:], study_steps.log_of(self.folder, step.name), claim)
             failing.pop_all()
-        if process is None:
+        if not step.argv:
             step.mark_done(self.folder, time.monotonic() - began)
             stack.close()
             self.acted = True
             self._say(step, known, "")
-        else:
-            self.running[step.name] = Running(step, process, stack)
 
     def _collect(self, known: int) -> None:
         """Waits until a command ends, or long enough to look around again, and takes note."""
         until = time.monotonic() + LOOK_SECONDS
-        while time.monotonic() < until and all(r.process.poll() is None for r in self.running.values()):
-            if not self.running and self.acted:
-                break
+        ended: dict[str, int] = {}
+        while not ended and time.monotonic() < until and (self.running or not self.acted):
             time.sleep(POLL_SECONDS)
+            codes = {name: running.worker.poll() for name, running in self.running.items()}
+            ended = {name: code for name, code in codes.items() if code is not None}
         self.acted = False
-        for name, running in list(self.running.items()):
-            code = running.process.poll()
-            if code is None:
-                continue
-            del self.running[name]
-            seconds = time.monotonic() - running.began
-            if code == 0:
-                running.step.mark_done(self.folder, seconds)
-            running.claim.close()
-            log = study_steps.log_of(self.folder, name)
-            if code:
-                said = study_steps.last_line(log)
-                raise ValueError(f"step {name!r} ended with exit code {code}: {said} (log: {log}; command: "
-                                 f"{running.step.shown()})")
-            self._say(running.step, known, f"  {seconds:.0f} s  {study_steps.last_line(log)[:100]}")
+        for name, code in ended.items():
+            self._end(self.running.pop(name), code, known)
+
+    def _end(self, running: Running, code: int, known: int) -> None:
+        """Takes note that a command ended; its worker gets the next one, or goes."""
+        step, seconds = running.step, time.monotonic() - running.began
+        if code == 0:
+            step.mark_done(self.folder, seconds, running.worker.cpu_seconds)
+        running.claim.close()
+        if code == 0 and running.worker.started < self.config.steps_per_process:
+            self.idle.append(running.worker)
+        else:
+            running.worker.close(STOP_SECONDS)
+        log = study_steps.log_of(self.folder, step.name)
+        said = study_steps.last_line(log)
+        if code:
+            raise ValueError(f"step {step.name!r} ended with exit code {code}: {said} (log: {log}; command: "
+                             f"{step.shown()})")
+        self._say(step, known, f"  {seconds:.0f} s  {said[:100]}")
 
     def _say(self, step: study_steps.Step, known: int, rest: str) -> None:
         self.done.add(step.name)
@@ -137,15 +151,14 @@ class Study:
     def _stop(self) -> None:
         """Asks what still runs to save and end."""
         for running in self.running.values():
-            running.process.terminate()
+            running.worker.ask_to_stop()
         for running in self.running.values():
-            try:
-                running.process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                running.process.kill()
-                running.process.wait()
+            running.worker.close(STOP_SECONDS)
             running.claim.close()
+        for worker in self.idle:
+            worker.close(STOP_SECONDS)
         self.running.clear()
+        self.idle.clear()
 
 
 def _on_signal(number, frame) -> None:
@@ -154,8 +167,12 @@ def _on_signal(number, frame) -> None:
 
 def main(_) -> int:
     config = CONFIG.value
-    if config is None or not WORKDIR.value:
+    if config is None or not (WORKDIR.value or DRY_RUN.value):
         raise ValueError("give --config=configs/study.py:demo (or :simulated, or :real) and --workdir=FOLDER")
+    study_plan.split_names(config)
+    if DRY_RUN.value:
+        print(study_cost.report(config, TFLOPS.value))
+        return 0
     folder, began = Path(WORKDIR.value), time.monotonic()
     study_plan.check(config, folder)
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -167,7 +184,11 @@ def main(_) -> int:
         return REQUEUE
     print(study_result.text(folder))
     print(f"{steps} steps, {(time.monotonic() - began) / 60:.1f} minutes\nreport: {study_result.page(folder)}")
-    return 0
+    if not EXPECTED.value:
+        return 0
+    said, agrees = study_result.compared(folder, Path(EXPECTED.value))
+    print(said)
+    return 0 if agrees else 1
 
 
 if __name__ == "__main__":

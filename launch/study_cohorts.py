@@ -8,6 +8,7 @@ from study_runs import faulty_data
 from study_steps import Step, launcher
 
 from data_pipeline import cohorts, labels, nifti, preprocess
+from data_pipeline.simulate.cohort import SIMULATOR_VERSION
 from data_pipeline.store import Store
 
 NAMES = ("source", "target")
@@ -25,6 +26,9 @@ def check(config: Any, cohort: str) -> None:
     if not (c.root or c.store or config.simulate.enabled):
         raise ValueError(f"no data: give --config.{cohort}.root=FOLDER of BraTS cases as downloaded, or use the "
                          "variant configs/study.py:demo, which simulates both cohorts")
+    if _simulates(config, cohort) and config.simulate.version != SIMULATOR_VERSION:
+        raise ValueError(f"config.simulate.version is {config.simulate.version}, this simulator is version "
+                         f"{SIMULATOR_VERSION}: its cohorts differ, and so would the results")
 
 
 def is_simulated(config: Any) -> bool:

@@ -18,6 +18,13 @@ from mednext_jax.study import protocol, rates
 PROTOCOL, RESULT = "protocol", "result"
 
 
+def split_names(config: Any) -> None:
+    """Makes two names of the one that ``--config.arms=full,lora`` is read as."""
+    lists = ((config, "arms"), (config, "ablations"), (config.few_shot, "arms"), (config.ablation, "arms"))
+    for section, field in lists:
+        section[field] = tuple(name for value in section[field] for name in value.split(","))
+
+
 def check(config: Any, folder: Path) -> None:
     """Raises ValueError for a config that no study can have, or not the one in ``folder``."""
     for name in config.arms:
@@ -41,11 +48,11 @@ def plan(config: Any, folder: Path) -> list[Step]:
             continue
         scores = runs.trial_scores(config, folder, arm)
         wanted = rates.wanted(scores, config.rates.trials, config.rates.max_trials)
-        trials += [_train(config, folder, run)
-                   for trial in sorted({*scores, *wanted}) for run in runs.trial_runs(config, arm, trial)]
+        trials += [(trial, run) for trial in {*scores, *wanted} for run in runs.trial_runs(config, arm, trial)]
         if not wanted:
             learning_rates[arm] = runs.trial_rate(config, arm, rates.chosen(scores))
-    steps += trials
+    # One trial of every arm after the other, so that processes side by side do not compile the same program.
+    steps += [_train(config, folder, run) for _, run in sorted(trials, key=lambda found: found[0])]
     if len(learning_rates) < len(config.arms):
         return steps
     prepared = tuple(step.name for step in steps)
@@ -123,10 +130,11 @@ def _prediction_flags(config: Any) -> list[str]:
 
 def _evaluate(config, folder: Path, group: str, cohort: str, data: str, found: dict[str, Path], needs) -> Step:
     output = study_result.evaluation(folder, group, cohort, data)
+    page = ("viewer_cases=3",) if group in config.pages else ("nopage",)
     argv = launcher(
         "evaluate", *(f"predictions={run}={path}" for run, path in found.items()),
         f"references={cohorts.references(config, folder, cohort, data)}", f"output={output}",
-        f"note={cohorts.note(config)}", f"viewer_cases={3 if group == 'main' else 0}",
+        f"note={cohorts.note(config)}", *page,
     )  # fmt: skip
     return Step(f"evaluate_{output.name}", argv, needs=needs)
 

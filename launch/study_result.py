@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import study_runs as runs
 from data_pipeline import atomic
 from mednext_jax.evaluate import tables
 from mednext_jax.evaluate.tables import Table
-from mednext_jax.study import figures, protocol, report, results
+from mednext_jax.study import agreement, figures, protocol, report, results
 from mednext_jax.study.report import Section
+from mednext_jax.study.results import Estimate
 
-RESULT_FILE, MARKDOWN_FILE, PAGE_FILE = "results.json", "results.md", "report.html"
+RESULT_FILE, MARKDOWN_FILE, PAGE_FILE, FIGURES = "results.json", "results.md", "report.html", "figures"
 SELECTION_CONTROL = "selection_by_mean"
 
 
@@ -39,10 +41,24 @@ def text(folder: Path) -> str:
     return "\n".join([*lines, "", content["drop"]])
 
 
+def compared(folder: Path, published: Path) -> tuple[str, bool]:
+    """What the study in ``folder`` says beside a published results.json, and whether all of it agrees.
+
+    Raises: ValueError if ``published`` holds no results of a study.
+    """
+    try:
+        expected = json.loads(published.read_text())["estimates"]
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{published} holds no results of a study; give the results.json of one") from None
+    outside = agreement.disagreements(expected, json.loads((folder / RESULT_FILE).read_text())["estimates"])
+    lines = [f"{len(expected) - len(outside)} of {len(expected)} estimates lie within the intervals of {published}"]
+    return "\n".join([*lines, *outside]), not outside
+
+
 def write(config: Any, folder: Path) -> None:
-    """Writes results.json, results.md and report.html."""
+    """Writes results.json, results.md, report.html and the report's pictures."""
     fixed = json.loads((folder / protocol.PROTOCOL_FILE).read_text())
-    sections, drop = _sections(config, folder, fixed)
+    sections, estimates, drop = _sections(config, folder, fixed)
     title, note = "Adapting a pre-trained network to a small cohort", study_cohorts.note(config)
     content = {
         "note": note,
@@ -50,62 +66,67 @@ def write(config: Any, folder: Path) -> None:
         "learning_rates": fixed["learning_rates"],
         "deviations": protocol.deviations(fixed),
         "drop": drop,
+        "estimates": {name: dataclasses.asdict(value) for name, value in estimates.items()},
         "tables": {s.title: {"header": list(s.header), "rows": list(map(list, s.rows))} for s in sections if s.rows},
     }
-    links = {f"Report: {path.name}": f"{path.name}/report.html" for path in sorted(folder.glob("evaluation*"))}
+    pages = sorted(folder.glob("evaluation*/report.html"))
+    links = {f"Report: {path.parent.name}": str(path.relative_to(folder)) for path in pages}
     atomic.write_bytes(folder / MARKDOWN_FILE, report.markdown(title, note, sections).encode())
     atomic.write_bytes(page(folder), report.page(title, note, sections, links).encode())
-    atomic.write_json(folder / RESULT_FILE, content)
+    for section in sections:
+        if section.picture:
+            (folder / FIGURES).mkdir(exist_ok=True)
+            atomic.write_bytes(folder / FIGURES / f"{section.name}.png", figures.png(section.picture))
+    tables.write_json(folder / RESULT_FILE, content)
 
 
 def _table(folder: Path, group: str, cohort: str = "target", data: str = "") -> Table:
     return tables.read_table(evaluation(folder, group, cohort, data) / "metrics.csv")
 
 
-def _sections(config: Any, folder: Path, fixed: dict[str, Any]) -> tuple[list[Section], str]:
+def _sections(config: Any, folder: Path, fixed: dict[str, Any]) -> tuple[list[Section], dict[str, Estimate], str]:
+    """The report's sections, every estimate in them by a name, and the sentence on the drop."""
     source, target = _table(folder, "main", "source"), _table(folder, "main")
-    zero = results.estimate(results.mean_dice(target, runs.ZERO_SHOT))
     named = {"source test, pre-trained": results.scores(source, runs.ZERO_SHOT)}
     named |= {f"target test, {arm}": results.scores(target, arm) for arm in target.arms}
-    before = named["source test, pre-trained"]["mean dice"].mean
-    drop = (f"Without adaptation, mean Dice {before:.3f} on the source's test cases becomes {zero.mean:.3f} on the "
-            "target's.")
+    estimates = {f"{row}, {column}": value for row, found in named.items() for column, value in found.items()}
+    zero = estimates[f"target test, {runs.ZERO_SHOT}, mean dice"]
+    drop = results.apart(*(results.mean_dice(table, runs.ZERO_SHOT) for table in (source, target)))
+    estimates["drop"] = drop
+    before = estimates["source test, pre-trained, mean dice"]
+    said = (f"Without adaptation, mean Dice {before.mean:.3f} on the source's test cases becomes {zero.mean:.3f} on "
+            f"the target's: a drop of {report.with_interval(drop)}.")
+    differences = _differences(config, target)
+    estimates |= {f"{d.first} - {d.second}": d.estimate for d in differences}
     costs = {arm: _cost(config, folder, arm) for arm in config.arms}
-    curves = {arm: _curve(config, folder, arm) for arm in config.arms}
     sections = [
-        Section("Comparison", drop + " Means over cases and repetitions, 95% bootstrap intervals over both.",
-                *report.score_rows(named)),
-        _differences(target, config.arms),
+        Section("Comparison", said + " Means over cases and repetitions, 95% bootstrap intervals over both.",
+                *report.score_rows(named), figures.boxes(target, list(target.arms))),
+        Section("Paired differences", "Of mean Dice over the regions. Intervals: 95% bootstrap over cases and "
+                "repetitions, arms paired by both. p: Wilcoxon signed-rank over cases, repetitions averaged; Holm over "
+                "the rows of this table.", *report.difference_rows(differences)),
         _cost_section(costs, target, zero),
-        Section("Learning curves", picture=figures.learning_curves(curves)),
+        Section("Learning curves", "Training loss, mean over repetitions.",
+                picture=figures.learning_curves({arm: _curve(config, folder, arm) for arm in config.arms})),
     ]  # fmt: skip
-    if config.few_shot.sizes:
-        sections.append(_few_shot(config, folder, target, zero))
-    if config.ablations:
-        sections.append(_ablations(config, folder, source, target))
-    sections += [_rates(config, fixed), _protocol(fixed, folder)]
-    return sections, drop
+    for wanted, section in ((config.few_shot.sizes, _few_shot), (config.ablations, _ablations)):
+        if wanted:
+            made, found = section(config, folder, source, target)
+            sections.append(made)
+            estimates |= found
+    return [*sections, _rates(config, fixed), _protocol(fixed, folder)], estimates, said
 
 
-def _differences(target: Table, arms) -> Section:
-    """Every arm against full fine-tuning and against no adaptation, from the evaluation's own comparisons."""
-    from mednext_jax.evaluate.summary import summarise
-
-    found = summarise(target).comparisons
-    header, rows = ["first − second", "mean Dice", "first better / equal / worse", "p", "Holm p"], []
-    for other in ("full", runs.ZERO_SHOT):
-        for arm in (a for a in target.arms if a != other and other in target.arms):
-            if arm == runs.ZERO_SHOT:
-                continue
-            pair, sign = ((arm, other), 1) if (arm, other, "mean", "dice") in found else ((other, arm), -1)
-            c = found[(*pair, "mean", "dice")]
-            low, high = sorted((sign * c.low, sign * c.high))
-            wins, losses = (c.wins, c.losses)[::sign]
-            rows.append([f"{arm} − {other}", f"{sign * c.mean_difference:+.3f} [{low:+.3f}, {high:+.3f}]",
-                         f"{wins} / {c.ties} / {losses}", f"{c.p:.2g}", f"{c.p_holm:.2g}"])  # fmt: skip
-    return Section("Paired differences", "Intervals: 95% bootstrap over cases and repetitions, arms paired by both. p: "
-                   "Wilcoxon signed-rank over cases, repetitions averaged; Holm over all regions and pairs of arms.",
-                   header, rows)  # fmt: skip
+def _differences(config: Any, target: Table) -> list[results.Difference]:
+    """Every arm against full fine-tuning, and against no adaptation of the network that it started from."""
+    pairs = {}
+    if "full" in config.arms:
+        pairs = {(arm, "full"): (results.mean_dice(target, arm), results.mean_dice(target, "full"))
+                 for arm in config.arms if arm != "full"}  # fmt: skip
+    inits = [str(seeds.init) for seeds in runs.replicates(config)]
+    zero = results.mean_dice(target, runs.ZERO_SHOT, inits)
+    pairs |= {(arm, runs.ZERO_SHOT): (results.mean_dice(target, arm), zero) for arm in config.arms}
+    return results.differences(pairs)
 
 
 def _cost(config: Any, folder: Path, arm: str) -> dict[str, Any]:
@@ -132,11 +153,12 @@ def _cost(config: Any, folder: Path, arm: str) -> dict[str, Any]:
 
 
 def _cost_section(costs: dict[str, dict[str, Any]], target: Table, zero: results.Estimate) -> Section:
-    header = ["arm", "trained parameters", "FLOPs of a step (of full)", "seconds per step", "step memory (MiB)",
+    header = ["arm", "trained parameters", "GFLOP per step", "of full", "seconds per step", "step memory (MiB)",
               "seconds per run", "file (kB)"]  # fmt: skip
     reference = costs.get("full", next(iter(costs.values())))["step_flops"]
     rows = [
-        [arm, f"{c['trainable']:,}", f"{c['step_flops'] / reference:.2f}", report.number(c["seconds_per_step"]),
+        [arm, f"{c['trainable']:,}", f"{c['step_flops'] / 1e9:.3g}", f"{c['step_flops'] / reference:.2f}",
+         report.number(c["seconds_per_step"]),
          report.number((c["peak_device_bytes"] or c["temporary_bytes"] or float("nan")) / 2**20, 0),
          f"{c['seconds']:.0f}", f"{c['file_bytes'] / 1e3:,.0f}"]
         for arm, c in costs.items()
@@ -158,50 +180,66 @@ def _curve(config: Any, folder: Path, arm: str) -> tuple[list[int], list[float]]
     return list(losses), [statistics.fmean(values) for values in losses.values()]
 
 
-def _few_shot(config: Any, folder: Path, target: Table, zero: results.Estimate) -> Section:
+def _few_shot(config: Any, folder: Path, source: Table, target: Table) -> tuple[Section, dict[str, Estimate]]:
+    del source
     table, arms = _table(folder, "few_shot"), [a for a in config.few_shot.arms if a in config.arms]
     sizes = {size: table for size in config.few_shot.sizes}
     names = {size: {arm: f"{arm}_n{size}" for arm in arms} for size in sizes}
     if config.max_train_cases:
         sizes[config.max_train_cases], names[config.max_train_cases] = target, {arm: arm for arm in arms}
     curve = results.few_shot(sizes, names)
+    zero = results.estimate(results.mean_dice(target, runs.ZERO_SHOT))
     header = ["arm", *(f"{size} cases" for size in sorted(sizes))]
     rows = [[arm, *(report.with_interval(points[size]) for size in sorted(points))] for arm, points in curve.items()]
     rows.append(["zero-shot", *[report.number(zero.mean)] * len(sizes)])
     text = (f"Mean Dice on the target's test cases over the number of training cases; {config.few_shot.replicates} "
             "repetitions each, those of the main comparison at its own number.")
-    return Section("Few-shot", text, header, rows, figures.few_shot_curve(curve, zero))
+    estimates = {f"{arm}, {size} cases": value for arm, points in curve.items() for size, value in points.items()}
+    return Section("Few-shot", text, header, rows, figures.few_shot_curve(curve, zero)), estimates
 
 
-def _ablations(config: Any, folder: Path, source: Table, target: Table) -> Section:
+def _ablations(config: Any, folder: Path, source: Table, target: Table) -> tuple[Section, dict[str, Estimate]]:
     """Each fault alone; full and adapter arm are those of the ablation (the adapter is paper_sequential)."""
     full, adapter = config.ablation.arms
     clean = results.Setting((source, runs.ZERO_SHOT), (target, runs.ZERO_SHOT), (target, full), (target, adapter))
-    table = _table(folder, "ablations")
-    effects = []
-    for fault in config.ablations:
-        data, faulty, control = runs.FAULTY_DATA.get(fault, ""), {}, clean
-        if data:
-            own = _table(folder, "ablations", data="squeezed") if data == "squeezed" else table
-            faulty = {"zero_shot": (own, f"{data}.{runs.ZERO_SHOT}"), "full": (own, f"{fault}.{full}"),
-                      "adapter": (own, f"{fault}.{adapter}")}  # fmt: skip
-            if data in runs.PRETRAINED_AGAIN:
-                squeezed = "squeezed" if data == "squeezed" else ""
-                faulty["source"] = (_table(folder, "ablations", "source", squeezed), f"{data}.{runs.ZERO_SHOT}")
-        elif fault == "selection_by_label1":
-            faulty = {"full": (table, f"{fault}.{full}"), "adapter": (table, f"{fault}.{adapter}")}
-            control = dataclasses.replace(clean, full=(table, f"{SELECTION_CONTROL}.{full}"),
-                                          adapter=(table, f"{SELECTION_CONTROL}.{adapter}"))  # fmt: skip
-        elif fault == "legacy_adapters":
-            faulty = {"adapter": (table, f"{fault}.{adapter}")}
-        else:
-            faulty = {"full": (table, f"{fault}.{full}")}
-        effects.append(results.effect(fault, dataclasses.replace(control, **faulty), control))
-    text = (f"Each fault of the released study alone, {config.ablation.replicates} repetitions; the adapter is "
-            f"{adapter}. A positive change of the drop is a part of the drop that the fault makes. Squeezed volumes "
-            "are scored on their own grid, as the released code does. Selection is compared with selection by the mean "
-            "over as many validations. Full fine-tuning by resuming is trained at the rate that its schedule leaves.")
-    return Section("Faults of the released study", text, *report.effect_rows(effects))
+    effects = [results.effect(*one) for fault in config.ablations for one in _settings(config, folder, fault, clean)]
+    text = (f"Each fault of the released study alone, {config.ablation.replicates} repetitions, compared with the same "
+            f"repetitions without it; the adapter is {adapter}. A positive change of the drop is a part of the drop "
+            "that the fault makes. Squeezed volumes are scored on their own grid, as the released code does. Selection "
+            "is compared with selection by the mean over as many validations. Full fine-tuning by resuming is trained "
+            "at the rate that its schedule leaves.")
+    names = ("drop_change", "gap", "gap_change")
+    estimates = {f"{e.fault}: {name}": getattr(e, name) for e in effects for name in names}
+    rows = report.effect_rows(results.effect("none", clean, clean), effects)
+    return Section("Faults of the released study", text, *rows, figures.effects(effects)), estimates
+
+
+def _settings(
+    config: Any, folder: Path, fault: str, clean: results.Setting
+) -> Iterator[tuple[str, results.Setting, results.Setting]]:
+    """(name, the study with the fault, the one to compare it with); the legacy adapters are two."""
+    (full, adapter), table = config.ablation.arms, _table(folder, "ablations")
+
+    def replaced(setting: results.Setting, **places: tuple[Table, str]) -> results.Setting:
+        return dataclasses.replace(setting, **places)
+
+    if data := runs.FAULTY_DATA.get(fault):
+        squeezed = "squeezed" if data == "squeezed" else ""
+        own, zero = _table(folder, "ablations", data=squeezed), f"{data}.{runs.ZERO_SHOT}"
+        places = {"zero_shot": (own, zero), "full": (own, f"{fault}.{full}"), "adapter": (own, f"{fault}.{adapter}")}
+        if data in runs.PRETRAINED_AGAIN:
+            places["source"] = (_table(folder, "ablations", "source", squeezed), zero)
+        yield fault, replaced(clean, **places), clean
+    elif fault == "selection_by_label1":
+        faulty, control = (replaced(clean, full=(table, f"{name}.{full}"), adapter=(table, f"{name}.{adapter}"))
+                           for name in (fault, SELECTION_CONTROL))  # fmt: skip
+        yield fault, faulty, control
+    elif fault == "legacy_adapters":
+        for arm in (arm for arm in runs.LEGACY_ARMS if arm in config.arms):
+            corrected = replaced(clean, adapter=(clean.adapter[0], arm))
+            yield f"{fault} ({arm})", replaced(clean, adapter=(table, f"{fault}.{arm}")), corrected
+    else:
+        yield fault, replaced(clean, full=(table, f"{fault}.{full}")), clean
 
 
 def _rates(config: Any, fixed: dict[str, Any]) -> Section:

@@ -109,7 +109,7 @@ def trial_runs(config: Any, arm_name: str, trial: int) -> list[Run]:
     """The runs whose validation scores judge one learning rate."""
     rate = trial_rate(config, arm_name, trial)
     # A rate may be too high to train at all: that is a bad score, not the end of the study.
-    extra = (f"optim.peak_lr={rate}", "max_bad_steps=1000000000")
+    extra = (f"optim.peak_lr={rate}", "max_bad_steps=1000000000", *config.rates.overrides)
     inits = [seeds.init for seeds in replicates(config)]
     return [
         arm(config, f"trials/{arm_name}@{trial}@{i}", arm_name,

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ LAUNCH = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Step:
-    """What is done at once by one process.
+    """What is done at once.
 
     Attributes:
       name: unique; also the name of its note, its log and its claim.
       argv: the command; empty for a step that only acts.
-      action: done in this process, before the command.
+      action: done by the study's own process, before the command.
       needs: names of the steps that must be done before.
     """
 
@@ -49,27 +48,12 @@ class Step:
                              "--workdir, or remove the note to do the step again")
         return True
 
-    def mark_done(self, folder: Path, seconds: float) -> None:
-        """Leaves a note that the step is done."""
+    def mark_done(self, folder: Path, seconds: float, cpu_seconds: float = 0.0) -> None:
+        """Leaves a note that the step is done, and what it took."""
         note_of(folder, self.name).parent.mkdir(parents=True, exist_ok=True)
-        content = {"command": list(self.argv[1:]), "seconds": round(seconds, 1)}
+        content = {"command": list(self.argv[1:]), "seconds": round(seconds, 1),
+                   "cpu_seconds": round(cpu_seconds, 1)}
         atomic.write_json(note_of(folder, self.name), content)
-
-    def start(self, folder: Path, claim: int) -> subprocess.Popen | None:
-        """Acts, and starts the command if there is one; its output goes to the step's log.
-
-        Args:
-          claim: file descriptor of the claim. The command keeps it open, so that the step stays claimed while it
-            runs, even if the process that started it is killed.
-        """
-        self.action()
-        if not self.argv:
-            return None
-        log = log_of(folder, self.name)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as out:
-            return subprocess.Popen(self.argv, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                    pass_fds=(claim,))
 
 
 def note_of(folder: Path, name: str) -> Path:

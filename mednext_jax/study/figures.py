@@ -1,18 +1,85 @@
-"""The study's pictures, each returned as SVG text."""
+"""The study's pictures: one function, one figure."""
 
+import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
-from mednext_jax.evaluate import palette
-from mednext_jax.evaluate.plots import STYLE, svg
-from mednext_jax.study.results import Estimate
+from mednext_jax.evaluate import palette, plots, statistics
+from mednext_jax.evaluate.plots import STYLE
+from mednext_jax.evaluate.tables import Table
+from mednext_jax.study.results import Effect, Estimate
 
 COLOURS = (palette.BLUE, palette.VERMILION, palette.GREEN, palette.ORANGE, palette.PURPLE, palette.SKY, palette.BLACK)
 
 
-def accuracy_against_compute(points: Mapping[str, tuple[float, int, Estimate]], zero_shot: Estimate) -> str:
+PNG_DPI = 100
+
+
+def svg(figure: Figure) -> str:
+    """A figure as SVG text, the same for the same figure."""
+    with matplotlib.rc_context(STYLE):
+        return plots.svg(figure)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the content of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def boxes(table: Table, arms: Sequence[str]) -> Figure:
+    """Dice of every region as boxes over the test cases, one per arm; a point is a case, averaged over repetitions."""
+    colours = palette.colours(table.regions)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.1 * len(table.regions), 0.3 * len(arms) + 1.1), layout="constrained")
+        panels = figure.subplots(1, len(table.regions), sharey=True, squeeze=False)[0]
+        for axes, region in zip(panels, table.regions, strict=True):
+            for place, arm in enumerate(arms):
+                values = statistics.mean(table.matrix(arm, region, "dice"), axis=0)
+                values, colour = values[~np.isnan(values)], colours[region]
+                axes.boxplot(
+                    values, positions=[place], widths=0.66, orientation="horizontal", showfliers=False,
+                    patch_artist=True, manage_ticks=False, boxprops={"facecolor": colour + "38", "edgecolor": colour},
+                    medianprops={"color": "black"}, whiskerprops={"color": colour}, capprops={"color": colour},
+                )  # fmt: skip
+                spread = np.random.default_rng(0).uniform(-0.2, 0.2, values.size)
+                axes.plot(values, place + spread, "o", color=colour, markersize=2.5, alpha=0.6, markeredgewidth=0)
+            axes.set_title(region, color=colours[region], fontweight="bold", fontsize=10)
+            axes.set_xlim(-0.03, 1.03)
+            axes.set_xlabel("Dice")
+            axes.grid(axis="y", visible=False)
+        panels[0].set_yticks(range(len(arms)), arms, fontsize=9)
+        panels[0].invert_yaxis()
+        return figure
+
+
+def effects(found: Sequence[Effect]) -> Figure:
+    """What every fault adds to the drop, and to the gap between adapter and full fine-tuning, with intervals."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.2, 0.32 * len(found) + 1.1), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, of, title in zip(
+            panels, (lambda e: e.drop_change, lambda e: e.gap_change),
+            ("change of the drop, source to target", "change of adapter − full"), strict=True,
+        ):  # fmt: skip
+            changes = [of(effect) for effect in found]
+            means = np.array([c.mean for c in changes])
+            low, high = (np.array([getattr(c, side) for c in changes]) for side in ("low", "high"))
+            spans = [np.maximum(means - low, 0), np.maximum(high - means, 0)]
+            axes.errorbar(means, range(len(found)), xerr=spans, fmt="o", color=palette.BLUE, capsize=2.5, markersize=5)
+            axes.axvline(0, color="#777777", linewidth=1, linestyle="--")
+            axes.set_xlabel(f"{title} (mean Dice)")
+            axes.grid(axis="y", visible=False)
+        panels[0].set_yticks(range(len(found)), [effect.fault for effect in found], fontsize=9)
+        panels[0].set_ylim(len(found) - 0.5, -0.5)
+        return figure
+
+
+def accuracy_against_compute(points: Mapping[str, tuple[float, int, Estimate]], zero_shot: Estimate) -> Figure:
     """Mean Dice over the arithmetic of the whole training; a circle's area grows with the trained parameters.
 
     Args:
@@ -35,10 +102,10 @@ def accuracy_against_compute(points: Mapping[str, tuple[float, int, Estimate]], 
         axes.set_ylabel("mean Dice, target test cases")
         figure.legend(loc="outside right upper", frameon=False, fontsize=8, title="arm (trained parameters)",
                       title_fontsize=8, scatterpoints=1, markerscale=0.7)  # fmt: skip
-        return svg(figure)
+        return figure
 
 
-def few_shot_curve(curve: Mapping[str, Mapping[int, Estimate]], zero_shot: Estimate) -> str:
+def few_shot_curve(curve: Mapping[str, Mapping[int, Estimate]], zero_shot: Estimate) -> Figure:
     """Mean Dice over the number of target cases trained on (log scale), with intervals."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.6), layout="constrained")
@@ -58,10 +125,10 @@ def few_shot_curve(curve: Mapping[str, Mapping[int, Estimate]], zero_shot: Estim
         axes.set_xlabel("target cases trained on")
         axes.set_ylabel("mean Dice, target test cases")
         axes.legend(frameon=False, fontsize=8)
-        return svg(figure)
+        return figure
 
 
-def learning_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> str:
+def learning_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> Figure:
     """Training loss of every arm, mean over repetitions.
 
     Args:
@@ -75,7 +142,7 @@ def learning_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]])
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-        return svg(figure)
+        return figure
 
 
 def _style(number: int) -> dict[str, str]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from matplotlib.figure import Figure
 
-from mednext_jax.study.results import Effect, Estimate
+from mednext_jax.study import figures
+from mednext_jax.study.results import Difference, Effect, Estimate
 
 HERE = Path(__file__).parent
 SHORT = {"WT dice": "WT", "TC dice": "TC", "ET dice": "ET", "mean dice": "mean Dice", "mean sensitivity": "sensitivity",
@@ -18,13 +20,18 @@ SHORT = {"WT dice": "WT", "TC dice": "TC", "ET dice": "ET", "mean dice": "mean D
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, what it says, a table (header and rows; empty without one) and a picture (SVG; "" without one)."""
+    """A heading, what it says, a table (header and rows; empty without one) and a picture."""
 
     title: str
     text: str = ""
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
-    picture: str = ""
+    picture: Figure | None = None
+
+    @property
+    def name(self) -> str:
+        """The title as a file name."""
+        return self.title.lower().replace(" ", "_")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -59,16 +66,31 @@ def score_rows(named: Mapping[str, Mapping[str, Estimate]]) -> tuple[list[str], 
     return header, rows
 
 
-def effect_rows(effects: Sequence[Effect]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the ablations."""
-    header = ["fault", "drop with it", "change of the drop", "share of the drop", "full", "adapter", "adapter − full",
-              "change of that"]  # fmt: skip
-    rows = []
-    for e in effects:
-        share = "–" if math.isnan(e.share_of_drop) else f"{100 * e.share_of_drop:.0f} %"
-        rows.append([e.fault, number(e.drop.mean), signed(e.drop_change), share, number(e.full.mean),
-                     number(e.adapter.mean), signed(e.gap), signed(e.gap_change)])  # fmt: skip
+def difference_rows(found: Sequence[Difference]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the paired differences."""
+    header = ["first − second", "mean Dice", "first better / equal / worse", "p", "Holm p"]
+    rows = [[f"{d.first} − {d.second}", signed(d.estimate), f"{d.wins} / {d.ties} / {d.losses}", f"{d.p:.2g}",
+             f"{d.p_holm:.2g}"] for d in found]  # fmt: skip
     return header, rows
+
+
+def effect_rows(clean: Effect, effects: Sequence[Effect]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the ablations; ``clean`` is the study without a fault, over all repetitions."""
+    header = ["fault", "drop with it", "change of the drop", "share of the drop (%)", "full", "adapter",
+              "adapter − full", "change of that"]  # fmt: skip
+    rows = [["none, all repetitions", with_interval(clean.drop), "", "", number(clean.full.mean),
+             number(clean.adapter.mean), signed(clean.gap), ""]]  # fmt: skip
+    for e in effects:
+        share = "–" if math.isnan(e.share_of_drop.mean) else percent(e.share_of_drop)
+        untouched = e.drop_change.low == e.drop_change.high == 0
+        drop = ["", "none", ""] if untouched else [number(e.drop.mean), signed(e.drop_change), share]
+        rows.append([e.fault, *drop, number(e.full.mean), number(e.adapter.mean), signed(e.gap), signed(e.gap_change)])
+    return header, rows
+
+
+def percent(value: Estimate) -> str:
+    """A share with its interval, in per cent."""
+    return f"{100 * value.mean:.0f} [{100 * value.low:.0f}, {100 * value.high:.0f}]"
 
 
 def markdown(title: str, note: str, sections: Sequence[Section]) -> str:
@@ -93,11 +115,15 @@ def page(title: str, note: str, sections: Sequence[Section], links: Mapping[str,
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    environment.filters["data_uri"] = _data_uri
     style = (HERE.parent / "evaluate" / "assets" / "report.css").read_text(encoding="utf-8")
     return environment.get_template("page.html").render(
         title=title, note=note, sections=sections, links=links, style=style
     )
+
+
+def _data_uri(figure: Figure) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(figures.svg(figure).encode()).decode()
 
 
 def plain_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

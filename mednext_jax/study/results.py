@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -55,18 +54,56 @@ def mean_dice(table: Table, arm: str, seeds: Sequence[str] | None = None) -> np.
     return values[[known.index(seed) for seed in seeds]]
 
 
+@dataclass(frozen=True)
+class Difference:
+    """first - second in mean Dice, paired by repetition and case.
+
+    Attributes:
+      estimate: with its bootstrap interval over repetitions and cases.
+      wins, ties, losses: cases, averaged over repetitions, in which the first is better, equal, worse.
+      p, p_holm: Wilcoxon signed-rank over those cases, and corrected for all differences of the list.
+    """
+
+    first: str
+    second: str
+    estimate: Estimate
+    wins: int
+    ties: int
+    losses: int
+    p: float
+    p_holm: float
+
+
+def differences(pairs: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]]) -> list[Difference]:
+    """Compares pairs of arms; together they are one Holm family.
+
+    Args:
+      pairs: (first, second) -> (repetitions, cases) values of both, row by row of the same repetition.
+    """
+    found = {names: statistics.compare(*values, paired_seeds=True) for names, values in pairs.items()}
+    adjusted = statistics.holm([c.p for c in found.values()])
+    return [
+        Difference(*names, Estimate(c.mean_difference, c.low, c.high, c.n, c.n_seeds[0]), c.wins, c.ties, c.losses,
+                   c.p, p)
+        for (names, c), p in zip(found.items(), adjusted, strict=True)
+    ]  # fmt: skip
+
+
 def difference(first: np.ndarray, second: np.ndarray) -> Estimate:
     """first - second, paired by repetition and case; (seeds, cases) each."""
     return estimate(first - second)
 
 
 def apart(first: np.ndarray, second: np.ndarray) -> Estimate:
-    """mean(first) - mean(second) of unpaired (seeds, cases) values, as of two cohorts."""
-    sides = [statistics.resampled_means(v, (0, 2 * i), (0, 2 * i + 1), statistics.RESAMPLES)
-             for i, v in ((1, first), (2, second))]
-    low, high = statistics.interval(sides[0] - sides[1])
-    mean = float(np.nanmean(first) - np.nanmean(second))
-    return Estimate(mean, low, high, min(first.shape[1], second.shape[1]), min(len(first), len(second)))
+    """mean(first) - mean(second) of two cohorts' (seeds, cases) values: the same networks, other cases."""
+    resampled = _resampled(first, 1) - _resampled(second, 2)
+    return Estimate(float(np.nanmean(first) - np.nanmean(second)), *statistics.interval(resampled),
+                    min(first.shape[1], second.shape[1]), len(first))  # fmt: skip
+
+
+def _resampled(values: np.ndarray, cohort: int) -> np.ndarray:
+    """Resampled means of (seeds, cases) values: all draw the same seeds, those of a cohort the same cases too."""
+    return statistics.resampled_means(values, (0, 0), (0, cohort), statistics.RESAMPLES)
 
 
 @dataclass(frozen=True)
@@ -90,7 +127,7 @@ class Effect:
     Attributes:
       drop: source - zero-shot with the fault.
       drop_change: that minus the same without the fault.
-      share_of_drop: drop_change / drop, the part of the drop that the fault makes; NaN without a drop.
+      share_of_drop: drop_change / drop, the part of the drop that the fault makes; NaN if a resample has no drop.
       full, adapter: mean Dice with the fault.
       gap: adapter - full with the fault.
       gap_change: that minus the same without the fault.
@@ -99,7 +136,7 @@ class Effect:
     fault: str
     drop: Estimate
     drop_change: Estimate
-    share_of_drop: float
+    share_of_drop: Estimate
     full: Estimate
     adapter: Estimate
     gap: Estimate
@@ -111,10 +148,10 @@ def effect(fault: str, faulty: Setting, clean: Setting) -> Effect:
 
     Raises: ValueError if the two were tested on different cases.
     """
-    pairs = {name: _paired(getattr(faulty, name), getattr(clean, name)) for name in ("source", "zero_shot")}
-    drop = apart(pairs["source"][0], pairs["zero_shot"][0])
-    drop_change = apart(pairs["source"][0] - pairs["source"][1], pairs["zero_shot"][0] - pairs["zero_shot"][1])
-    share = drop_change.mean / drop.mean if drop.mean > 0 else math.nan
+    source, zero_shot = (_paired(getattr(faulty, name), getattr(clean, name)) for name in ("source", "zero_shot"))
+    if len(source[0]) != len(zero_shot[0]):
+        raise ValueError(f"{fault}: the networks tested on the source and on the target are not the same")
+    drop, drop_change, share = _drops(source, zero_shot)
     full, clean_full = _paired(faulty.full, clean.full)
     adapter, clean_adapter = _paired(faulty.adapter, clean.adapter)
     rows = min(len(full), len(adapter))
@@ -123,6 +160,18 @@ def effect(fault: str, faulty: Setting, clean: Setting) -> Effect:
         fault, drop, drop_change, share, estimate(full), estimate(adapter), difference(adapter, full),
         difference(adapter - full, clean_adapter - clean_full),
     )  # fmt: skip
+
+
+def _drops(source: Sequence[np.ndarray], zero_shot: Sequence[np.ndarray]) -> tuple[Estimate, Estimate, Estimate]:
+    """Drop with the fault, its change by the fault, and that change's share of it; arguments are (faulty, clean)."""
+    means = [float(np.nanmean(source[i]) - np.nanmean(zero_shot[i])) for i in (0, 1)]
+    resampled = [_resampled(source[i], 1) - _resampled(zero_shot[i], 2) for i in (0, 1)]
+    counts = min(source[0].shape[1], zero_shot[0].shape[1]), len(source[0])
+    known = means[0] > 0 and (resampled[0] > 0).all()
+    changes, change = resampled[0] - resampled[1], means[0] - means[1]
+    share = (change / means[0], *statistics.interval(changes / resampled[0])) if known else (math.nan,) * 3
+    return (Estimate(means[0], *statistics.interval(resampled[0]), *counts),
+            Estimate(change, *statistics.interval(changes), *counts), Estimate(*share, *counts))
 
 
 def _paired(first: tuple[Table, str], second: tuple[Table, str]) -> tuple[np.ndarray, np.ndarray]:
@@ -148,8 +197,3 @@ def few_shot(tables: Mapping[int, Table], arms: Mapping[int, Mapping[str, str]])
         for arm, name in arms[size].items():
             curve.setdefault(arm, {})[size] = estimate(mean_dice(tables[size], name))
     return curve
-
-
-def as_number(value: Any) -> Any:
-    """NaN as None, for JSON."""
-    return None if isinstance(value, float) and math.isnan(value) else value

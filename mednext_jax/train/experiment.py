@@ -1,8 +1,9 @@
 """From a config to the things a run is made of: network, method, loss, optimizer, step and validator."""
 
+import functools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -119,15 +120,48 @@ def build(config: Mapping[str, Any], start: network.Start, mesh: jax.sharding.Me
     added = {path for path in trainable if path not in paths.flatten(start.params)}
     if method.fresh is not None:
         added |= peft.split(params, method.fresh)[0].keys()
-    tx = optimizer.make_optimizer(config["optim"], trainable, new=added | (start.new & trainable.keys()))
-    info = start.info
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in trainable.items()}
+    tx, step, window = _programs(
+        model,
+        start.info.output,
+        tuple((name, tuple(values)) for name, values in start.info.regions.items()),
+        tuple(shapes.items()),
+        frozenset(added | (start.new & trainable.keys())),
+        _settings(config),
+        mesh,
+    )
+    return Experiment(start, method, model, trainable, frozen, tx, step, window)
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    """What the programs of a run depend on, as JSON. The learning rate is an argument of the step."""
+    kept = {name: dict(config[name]) for name in ("loss", "optim", "augment", "eval")}
+    del kept["optim"]["peak_lr"]
+    return json.dumps({**kept, "patch_voxels": config["data"]["patch_voxels"]})
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(
+    model: MedNeXt,
+    output: str,
+    regions: tuple,
+    shapes: tuple,
+    new: frozenset[str],
+    settings: str,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Any, Callable, SlidingWindow]:
+    """Optimizer, step and window, kept for the next run of this process that is alike: tracing and compiling them
+    again would take longer than a small run.
+    """
+    config = json.loads(settings)
+    tx = optimizer.make_optimizer(config["optim"], dict(shapes), new=new)
 
     def forward(flat: Flat, image: jax.Array) -> Any:
         return model.apply({"params": paths.unflatten(flat)}, image)
 
     step = train_step.make_train_step(
         forward=forward,
-        loss=losses.make_loss(config["loss"], info.output, info.regions),
+        loss=losses.make_loss(config["loss"], output, dict(regions)),
         tx=tx,
         augment=_augmentation(config, mesh),
         accumulate=config["optim"]["accumulate"],
@@ -135,14 +169,14 @@ def build(config: Mapping[str, Any], start: network.Start, mesh: jax.sharding.Me
     )
     window = SlidingWindow(
         apply=lambda params, x: model.apply({"params": params}, x),
-        patch_voxels=tuple(config["data"]["patch_voxels"]),
-        n_outputs=info.n_outputs,
+        patch_voxels=tuple(config["patch_voxels"]),
+        n_outputs=model.n_classes,
         overlap=config["eval"]["overlap"],
         windows_per_batch=config["eval"]["windows_per_device"] * len(jax.local_devices()),
         flips=config["eval"]["flips"],
-        activation="sigmoid" if info.output == "regions" else "softmax",
+        activation="sigmoid" if output == "regions" else "softmax",
     )
-    return Experiment(start, method, model, trainable, frozen, tx, step, window)
+    return tx, step, window
 
 
 def method_of(config: Mapping[str, Any]) -> peft.Method:
@@ -158,7 +192,7 @@ def _augmentation(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Callabl
         return None
     settings = augment.check_config(settings)
     sharded = mesh if mesh.devices.size > 1 else None
-    return partial(augment.augment, config=settings, mesh=sharded)
+    return functools.partial(augment.augment, config=settings, mesh=sharded)
 
 
 def batch_shapes(config: Mapping[str, Any], channels: int) -> dict[str, jax.ShapeDtypeStruct]:

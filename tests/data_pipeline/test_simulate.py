@@ -225,3 +225,19 @@ def test_missing_nilearn_names_the_extra(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'mednext-jax\[demo\]'"):
         simulate.simulate(tmp_path, 1, 0)
     assert list(tmp_path.iterdir()) == []
+
+
+# Of version 1, seed 0, 3 mm, first case: voxels of NCR, ED and ET; mean signal inside the brain.
+FROZEN = {
+    "source": ([1127, 3022, 636], {"t1n": 280.08, "t1c": 258.51, "t2w": 980.04, "t2f": 227.66}),
+    "target": ([631, 11052, 788], {"t1n": 496.33, "t1c": 433.21, "t2w": 881.87, "t2f": 290.68}),
+}
+
+
+@pytest.mark.parametrize("name", ["source", "target"])
+def test_version_1_of_the_simulator_is_frozen(root, name):
+    assert simulate.SIMULATOR_VERSION == 1, "a new version: measure FROZEN again, and docs/results.md is of the old one"
+    images, label = load(root, name)[0]
+    voxels, means = FROZEN[name]
+    assert np.bincount(label.ravel(), minlength=4)[1:] == pytest.approx(voxels, rel=0.01, abs=3)  # libraries round
+    assert {c: image[image > 0].mean() for c, image in images.items()} == pytest.approx(means, rel=0.005)

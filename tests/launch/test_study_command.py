@@ -1,9 +1,10 @@
 """The study's plan: which commands run, in which order, and what happens when one of them stops."""
 
 import json
-import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 
+import study_cost  # noqa: E402
 import study_plan  # noqa: E402
 import study_runs  # noqa: E402
 import study_steps  # noqa: E402
+from study_worker import Worker  # noqa: E402
 
 from configs import study as study_config  # noqa: E402
 
@@ -70,6 +73,21 @@ def test_subset_initialisation_and_order_have_seeds_of_their_own(tmp_path):
     assert sum(name.startswith("train_full@") for name in plan(config, tmp_path)) == 4 * 2
 
 
+def test_names_with_commas_are_several(tmp_path):
+    config = study_config.get_config("demo")
+    config.arms = ("full,lora",)  # what --config.arms=full,lora gives
+    study_plan.split_names(config)
+    assert config.arms == ("full", "lora")
+    study_plan.check(config, tmp_path)
+
+
+def test_another_simulator_than_the_frozen_one_is_refused(tmp_path):
+    config = study_config.get_config("simulated")
+    config.simulate.version += 1
+    with pytest.raises(ValueError, match="config.simulate.version"):
+        study_plan.check(config, tmp_path)
+
+
 def test_nothing_final_is_planned_before_every_arms_learning_rate_is_chosen(tmp_path):
     config = study_config.get_config("simulated")
     config.arms, config.ablations, config.few_shot.sizes = ("full", "lora"), (), ()
@@ -91,6 +109,7 @@ def test_nothing_final_is_planned_before_every_arms_learning_rate_is_chosen(tmp_
 
 def test_each_fault_changes_one_thing(tmp_path):
     config = study_config.get_config("simulated")
+    config.ablation.replicates = 2
     rates = dict.fromkeys(config.arms, 1e-3)
     clean = {one.name: one for one in study_runs.final_runs(config, rates)}
     found = {one.name: one for one in study_runs.ablation_runs(config, rates)}
@@ -105,6 +124,25 @@ def test_each_fault_changes_one_thing(tmp_path):
     assert any(o.startswith("optim.peak_lr=4e-09") for o in found["resumed_full.full@0"].overrides)
 
 
+def test_the_dry_run_counts_the_runs_that_the_plan_has(tmp_path):
+    config = study_config.get_config("simulated")
+    config.rates.update(trials=1, max_trials=1)  # with more the plan grows as it goes
+    planned = [name for name in plan(config, tmp_path) if name.startswith("train_")]
+    assert sum(map(len, study_cost.groups(config).values())) == len(planned)
+    config.rates.trials = 3
+    assert len(study_cost.groups(config)["learning rates (first grids)"]) == 3 * len(config.arms)
+
+
+def test_the_dry_run_counts_arithmetic_of_what_a_run_overrides(tmp_path):
+    config = study_config.get_config("demo")
+    small = ("model.n_channels=2", "model.kernel_size=1", "model.block_counts=0,0,0,0,0,0,0,0,0")
+    config.pretrain.overrides = (*small, "data.patch_voxels=16,16,16")
+    config.overrides = ("data.patch_voxels=16,16,16", "optim.total_steps=10")
+    one = study_cost.flops(config, study_runs.arm(config, "full", "full", study_runs.Seeds(0, 0, 0)))
+    twice = ("optim.total_steps=20",)
+    assert study_cost.flops(config, study_runs.arm(config, "full", "full", study_runs.Seeds(0, 0, 0), twice)) == 2 * one
+
+
 def test_a_finished_step_is_skipped_but_not_when_its_command_was_another(tmp_path):
     step = study_steps.Step("one", ("python", "a.py", "--x=1"))
     assert not step.is_done(tmp_path)
@@ -115,22 +153,53 @@ def test_a_finished_step_is_skipped_but_not_when_its_command_was_another(tmp_pat
     assert json.loads((tmp_path / "done" / "one.json").read_text())["seconds"] == 2.0
 
 
+WAITS = "import os, time; [time.sleep(0.02) for _ in range(3000) if not os.path.exists(VALUE.value)]"
+
+
+def script(folder: Path, name: str, text: str) -> str:
+    """A command of its own, with flags as our commands have them."""
+    path = folder / f"{name}.py"
+    path.write_text("import sys\nfrom absl import app, flags\nVALUE = flags.DEFINE_string('value', None, '')\n"
+                    f"def main(_):\n    {text}\nif __name__ == '__main__':\n    app.run(main)\n")
+    return str(path)
+
+
+def ended(worker: Worker) -> int:
+    """The exit code of what a worker does, at most a minute later."""
+    until = time.monotonic() + 60
+    while (code := worker.poll()) is None:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return code
+
+
+def test_a_worker_does_commands_one_after_the_other_as_if_each_were_typed(tmp_path):
+    says = script(tmp_path, "says", "print(VALUE.value, end='')")
+    fails = script(tmp_path, "fails", "sys.exit(3)")
+    dies = script(tmp_path, "dies", "import os; os.abort()")
+    worker, codes = Worker(), []
+    with study_steps.claimed(tmp_path, "step") as claim:
+        for number, argv in enumerate(([says, "--value=a"], [fails], [says, "--value=b"], [says], [dies])):
+            worker.begin(argv, tmp_path / "logs" / f"{number}.log", claim)
+            codes.append(ended(worker))
+    worker.close(60)
+    assert codes == [0, 3, 0, 0, -signal.SIGABRT]
+    assert [(tmp_path / "logs" / f"{i}.log").read_text() for i in (0, 2, 3)] == ["a", "b", "None"]
+
+
 def test_a_step_is_claimed_by_one_process_and_stays_claimed_while_its_command_runs(tmp_path):
-    step = study_steps.Step("sleeper", (sys.executable, "-c", "input()"))
-    read, write = os.pipe()
-    with study_steps.claimed(tmp_path, "sleeper") as claim, study_steps.claimed(tmp_path, "sleeper") as second:
+    gate = tmp_path / "gate"
+    worker = Worker()
+    with study_steps.claimed(tmp_path, "waits") as claim, study_steps.claimed(tmp_path, "waits") as second:
         assert claim is not None and second is None
-        log = open(tmp_path / "log", "wb")
-        process = subprocess.Popen(step.argv, stdin=read, stdout=log, stderr=log, pass_fds=(claim,))
-    with study_steps.claimed(tmp_path, "sleeper") as while_it_runs:
+        worker.begin([script(tmp_path, "waits", WAITS), f"--value={gate}"], tmp_path / "log", claim)
+    with study_steps.claimed(tmp_path, "waits") as while_it_runs:
         assert while_it_runs is None
-    os.write(write, b"\n")
-    process.wait(timeout=60)
-    for end in (read, write):
-        os.close(end)
-    log.close()
-    with study_steps.claimed(tmp_path, "sleeper") as afterwards:
+    gate.touch()
+    assert ended(worker) == 0
+    with study_steps.claimed(tmp_path, "waits") as afterwards:
         assert afterwards is not None
+    worker.close(60)
 
 
 def test_a_study_without_data_says_in_one_line_what_to_do(tmp_path):

@@ -1,5 +1,7 @@
 """What a study concludes, on tables whose right answer is known."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -48,7 +50,9 @@ def test_a_fault_that_costs_the_target_alone_explains_its_share_of_the_drop():
     faulty = setting(table(source=source, zero=zero - 0.2, full=full - 0.1, adapter=adapter - 0.15))
     found = results.effect("fault", faulty, clean)
     assert found.drop_change.mean == pytest.approx(0.2) and found.drop_change.low == pytest.approx(0.2)
-    assert found.share_of_drop == pytest.approx(0.2 / (source.mean() - zero.mean() + 0.2))
+    share = found.share_of_drop
+    assert share.mean == pytest.approx(0.2 / (source.mean() - zero.mean() + 0.2))
+    assert share.low < share.mean < share.high
     assert found.gap_change.mean == pytest.approx(-0.05)
     assert found.full.mean == pytest.approx(full.mean() - 0.1)
 
@@ -56,7 +60,28 @@ def test_a_fault_that_costs_the_target_alone_explains_its_share_of_the_drop():
 def test_a_fault_without_effect_has_none():
     made = table(source=around(0.9, 1), zero=around(0.7, 2), full=around(0.8, 3), adapter=around(0.8, 4))
     found = results.effect("none", setting(made), setting(made))
-    assert found.drop_change.mean == found.gap_change.mean == found.share_of_drop == 0
+    assert found.drop_change.mean == found.gap_change.mean == found.share_of_drop.mean == 0
+
+
+def test_without_a_drop_no_fault_has_a_share_of_it():
+    clean = setting(table(source=around(0.7, 1), zero=around(0.7, 2), full=around(0.8, 3), adapter=around(0.8, 4)))
+    assert math.isnan(results.effect("none", clean, clean).share_of_drop.mean)
+
+
+def test_networks_that_differ_between_the_cohorts_have_no_drop():
+    made = table(source=around(0.9, 1), zero=around(0.7, 2)[:2], full=around(0.8, 3), adapter=around(0.8, 4))
+    with pytest.raises(ValueError, match="not the same"):
+        results.effect("none", setting(made), setting(made))
+
+
+def test_differences_are_one_holm_family_and_paired_by_repetition():
+    base = around(0.6, 1)
+    better = base + np.linspace(0.08, 0.12, CASES)
+    found = results.differences({("better", "full"): (better, base), ("same", "full"): (base, base)})
+    assert (found[0].wins, found[0].ties, found[0].losses) == (CASES, 0, 0)
+    assert 0.08 < found[0].estimate.low < found[0].estimate.high < 0.12  # the luck of a repetition is both arms'
+    assert found[0].p == 2 / 2**CASES and found[0].p_holm == 2 * found[0].p
+    assert found[1].p == found[1].p_holm == 1
 
 
 def test_an_ablation_with_fewer_repetitions_is_compared_with_the_same_ones():
@@ -96,4 +121,14 @@ def test_a_curve_over_sizes_takes_each_size_from_its_table():
     small, large = table(full_n1=around(0.5, 1)), table(full=around(0.7, 2))
     curve = results.few_shot({12: large, 1: small}, {12: {"full": "full"}, 1: {"full": "full_n1"}})
     assert list(curve["full"]) == [1, 12] and curve["full"][12].mean == pytest.approx(0.7, abs=0.05)
-    assert "svg" in figures.few_shot_curve(curve, curve["full"][1])
+    assert "<svg" in figures.svg(figures.few_shot_curve(curve, curve["full"][1]))
+
+
+def test_pictures_show_every_arm_and_fault_by_name():
+    made = table(source=around(0.9, 1), zero=around(0.7, 2), full=around(0.8, 3), adapter=around(0.8, 4))
+    effect = results.effect("the fault", setting(made), setting(made))
+    boxes, changes = figures.boxes(made, ["full", "adapter"]), figures.effects([effect])
+    assert [text.get_text() for text in boxes.axes[0].get_yticklabels()] == ["full", "adapter"]
+    assert [axes.get_title() for axes in boxes.axes] == made.regions
+    assert [text.get_text() for text in changes.axes[0].get_yticklabels()] == ["the fault"]
+    assert figures.png(boxes).startswith(b"\x89PNG")

@@ -1,0 +1,72 @@
+"""What a study will take, before it runs: how many training runs, and their arithmetic, counted."""
+
+import ast
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import study_runs as runs
+
+
+def overridden(config: Any, overrides: Iterable[str]) -> Any:
+    """A run's config with ``field=value`` applied, as its command line would."""
+    for override in overrides:
+        field, _, text = override.partition("=")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        config.update_from_flattened_dict({field: value})
+    return config
+
+
+def flops(config: Any, run: runs.Run) -> float:
+    """Operations of a whole run: steps times those of a step. The network is that of the pre-training."""
+    from mednext_jax.train import dry_run
+    from mednext_jax.train.workdir import plain
+
+    base = importlib.import_module("configs.pretrain").get_config(config.variant or None)
+    overridden(base, config.pretrain.overrides)
+    settings = importlib.import_module(f"configs.{run.file}").get_config(config.variant or None)
+    overridden(settings, run.overrides)
+    settings.init_from = ""
+    settings.model = base.model
+    return dry_run.cost(plain(settings)).step_flops * settings.optim.total_steps
+
+
+def groups(config: Any) -> dict[str, list[runs.Run]]:
+    """The runs of a study by what they are for; of the learning rates, the first grid of every arm."""
+    rates = {name: runs.own_rate(config, name) for name in config.arms}
+    first = range(-(config.rates.trials // 2), config.rates.trials - config.rates.trials // 2)
+    trials = [run for name in config.arms for trial in first for run in runs.trial_runs(config, name, trial)]
+    return {
+        "pre-training": list(runs.pretrainings(config)),
+        "learning rates (first grids)": trials if config.rates.trials > 1 else [],
+        "arms": runs.final_runs(config, rates),
+        "few-shot curve": runs.few_shot_runs(config, rates),
+        "faults": runs.ablation_runs(config, rates),
+    }
+
+
+def report(config: Any, tflops: float) -> str:
+    """Runs, arithmetic and hours of every part, one line each, and of the whole.
+
+    Args:
+      tflops: 10^12 operations per second that a device sustains in training.
+    """
+    known: dict[tuple, float] = {}
+    lines, total = [f"{'':30} {'runs':>5} {'PFLOP':>10} {f'hours at {tflops:g} TFLOP/s':>24}"], [0, 0.0]
+    for name, found in groups(config).items():
+        work = 0.0
+        for run in found:
+            kind = (run.file, tuple(o for o in run.overrides if not o.startswith(("optim.peak_lr", "data.max_train"))))
+            if kind not in known:
+                known[kind] = flops(config, run)
+            work += known[kind]
+        lines.append(_line(name, len(found), work, tflops))
+        total = [total[0] + len(found), total[1] + work]
+    return "\n".join([*lines, _line("in all", *total, tflops)])
+
+
+def _line(name: str, count: int, work: float, tflops: float) -> str:
+    return f"{name:30} {count:>5} {work / 1e15:>10.4g} {work / (tflops * 1e12 * 3600):>24.3g}"
