@@ -77,7 +77,6 @@ def truncate(folder):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore's own futures
 @pytest.mark.parametrize(
     "damage",
     [
@@ -105,6 +104,16 @@ def test_flipped_bit_names_the_leaf(folder):
     checkpoints = Checkpoints(folder)
     with pytest.raises(ValueError, match="stem/kernel does not have its CRC32|can not be read"):
         checkpoints.restore(state(), 5)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(("name", "old", "new"), [("data", b"5", b"7"), ("leaves", b'"records"', b'"recordz"')])
+def test_changed_record_is_refused(folder, name, old, new):
+    file = folder / "5" / name / "metadata"
+    file.write_bytes(file.read_bytes().replace(old, new))
+    checkpoints = Checkpoints(folder)
+    with pytest.raises(ValueError, match="5 is damaged: its (record data does not have its CRC32|list of leaves)"):
+        checkpoints.records(5)
     checkpoints.close()
 
 
