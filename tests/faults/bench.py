@@ -54,11 +54,20 @@ def write_cases(root: Path, count: int = 10, shape: tuple[int, ...] = (22, 19, 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended; ``code`` is negative for a signal, None if it had to be stopped because it hung."""
+    """How a process ended.
+
+    Attributes:
+      code: negative for a signal; None if it hung and had to be stopped.
+      output, errors: what it printed.
+      peak_bytes: memory it took beyond what the imported libraries hold; 0 if it was killed.
+      seconds: from start to end.
+    """
 
     code: int | None
     output: str
     errors: str
+    peak_bytes: int = 0
+    seconds: float = 0.0
 
     @property
     def clean(self) -> bool:
@@ -79,7 +88,7 @@ class Command:
     """
 
     def __init__(self, name: str, *arguments: str, log: Path, n_devices: int = 1, wrapper=None):
-        self._log = log
+        self._log, self._started = log, time.monotonic()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(LIBRARIES))
         self.process = context.Process(target=_main, args=(name, arguments, log, n_devices, wrapper), daemon=False)
@@ -105,7 +114,8 @@ class Command:
         if hung:
             self.process.kill()
             self.process.join()
-        return Outcome(None if hung else self.process.exitcode, self.read(), self.read(".err"))
+        seconds, peak = time.monotonic() - self._started, int(self.read(".peak") or 0)
+        return Outcome(None if hung else self.process.exitcode, self.read(), self.read(".err"), peak, seconds)
 
     def wait_for(self, condition, seconds: float = SECONDS) -> bool:
         """Whether ``condition()`` became true before the process or the time ended; asked every millisecond."""
@@ -139,10 +149,24 @@ def _main(name: str, arguments: tuple[str, ...], log: Path, n_devices: int, wrap
         os.dup2(target, number)
         os.close(target)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={n_devices}"
+    # Level 0 halves the time to compile, which is what these tiny runs spend.
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count={n_devices} --xla_backend_optimization_level=0"
+    )
     if wrapper is not None:
         wrapper()
     script = ROOT / "launch" / name
     sys.argv = [str(script), *arguments]
     sys.path[:0] = [str(script.parent)]
-    runpy.run_path(str(script), run_name="__main__")
+    log.with_suffix(".peak").unlink(missing_ok=True)
+    before = _peak_bytes()
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        log.with_suffix(".peak").write_text(str(_peak_bytes() - before))
+
+
+def _peak_bytes() -> int:
+    """Most memory that this process ever held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

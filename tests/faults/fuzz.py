@@ -1,0 +1,147 @@
+"""Malformed inputs given to the real commands: each must be refused in one line, and leave nothing but that line.
+
+An input is written into a sandbox, ``<sandbox>/in``; the command may write below ``<sandbox>/out`` alone. Judged are
+the exit code, what was printed, every file outside ``out``, what lies in ``out``, and the memory that was taken.
+"""
+
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from data_pipeline import preprocess
+from mednext_jax import modeldir, peft
+from mednext_jax.nn import paths
+from mednext_jax.nn.mednext import MedNeXt, parameter_shapes
+from tests.faults import bench
+
+MOST_BYTES = 400 << 20  # that a refusal may take beyond the imported libraries; the small inputs take a few
+SECONDS = 60.0
+RESULTS = ("dataset.json", "model.json", "adapter_config.json", "export.json", "result.json", "*.safetensors", "*.nii.gz")
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """One input.
+
+    Attributes:
+      area, name: what reads it, and what is wrong with it.
+      command: file in ``launch/``.
+      flags: with ``{in}``, ``{out}`` and ``{good}`` (folder of sound inputs) for the paths.
+      make: writes the input into the folder ``in``.
+      harmless: the damage may as well be one that changes nothing; then the command may succeed.
+    """
+
+    area: str
+    name: str
+    command: str
+    flags: tuple[str, ...]
+    make: Callable[[Path], None] = lambda folder: None
+    harmless: bool = False
+
+
+@dataclass
+class Fuzzed:
+    """Counts by area; ``accepted``: harmless inputs that were processed to the end."""
+
+    tried: Counter = field(default_factory=Counter)
+    refused: Counter = field(default_factory=Counter)
+    accepted: Counter = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    most_mib: float = 0.0
+    most_seconds: float = 0.0
+
+
+def make_good(folder: Path) -> Path:
+    """Sound inputs beside which the malformed ones are made: raw cases, a store, a model and an adapter on it."""
+    bench.write_cases(folder / "raw", count=4, shape=(20, 19, 18))
+    preprocess.preprocess(folder / "raw", folder / "store", workers=1, progress=False)
+    model = MedNeXt(in_channels=4, n_channels=2, n_classes=3, exp_r=1, kernel_size=1, block_counts=(0,) * 9)
+    rng = np.random.default_rng(0)
+    shapes = parameter_shapes(model)
+    flat = {path: rng.normal(0, 0.1, leaf.shape).astype(np.float32) for path, leaf in shapes.items()}
+    info = modeldir.ModelInfo(
+        kwargs={"in_channels": 4, "n_channels": 2, "n_classes": 3, "exp_r": 1, "kernel_size": 1,
+                "block_counts": [0] * 9},
+        channels=("t1n", "t1c", "t2w", "t2f"), normalization="zscore_brain", output="regions",
+        label_scheme="brats2023", regions={"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}, patch_voxels=(16, 16, 16),
+    )  # fmt: skip
+    info = modeldir.save_model(folder / "model", info, flat)
+    method = peft.create("head")
+    _, params = method.apply_to(model, paths.unflatten(flat), jax.random.key(0))
+    peft.save_adapter(folder / "adapter", method, params, flat, info)
+    return folder
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every entry below a folder: what it is, and for a file a hash of its content."""
+    found = {}
+    for root, folders, files in os.walk(os.fsencode(folder)):
+        for name in folders + files:
+            path = os.path.join(root, name)
+            if os.path.islink(path):
+                found[os.fsdecode(path)] = f"link {os.fsdecode(os.readlink(path))}"
+            elif os.path.isfile(path):
+                with open(path, "rb") as file:
+                    found[os.fsdecode(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+            else:
+                found[os.fsdecode(path)] = "other"
+    return found
+
+
+def try_all(inputs: Sequence[Malformed], good: Path, scratch: Path) -> Fuzzed:
+    """Gives every input to its command."""
+    found = Fuzzed()
+    sound = listing(good)
+    for number, malformed in enumerate(inputs):
+        sandbox = scratch / f"{number}"
+        (sandbox / "in").mkdir(parents=True)
+        (sandbox / "out").mkdir()
+        malformed.make(sandbox / "in")
+        found.tried[malformed.area] += 1
+        faults = _try(malformed, good, sandbox, found)
+        found.faults += [f"{malformed.area}: {malformed.name}: {fault}" for fault in faults]
+        if not faults:
+            shutil.rmtree(sandbox)
+    if listing(good) != sound:
+        found.faults.append("a sound input was changed")
+    return found
+
+
+def _try(malformed: Malformed, good: Path, sandbox: Path, found: Fuzzed) -> list[str]:
+    places = {"in": sandbox / "in", "out": sandbox / "out", "good": good}
+    flags = tuple(flag.format(**places) if "{" in flag else flag for flag in malformed.flags)
+    before = listing(sandbox)
+    log = sandbox.with_name(f"{sandbox.name}.log")
+    with bench.Command(malformed.command, *flags, log=log) as command:
+        end = command.wait(SECONDS)
+    found.most_mib = max(found.most_mib, end.peak_bytes / 2**20)
+    found.most_seconds = max(found.most_seconds, end.seconds)
+    faults = []
+    out = os.fspath(sandbox / "out")
+    after = {path: what for path, what in listing(sandbox).items() if not path.startswith(out + os.sep)}
+    if after != before:
+        faults.append(f"changed outside the output: {sorted(after.items() ^ before.items())[:3]}")
+    if end.peak_bytes > MOST_BYTES:
+        faults.append(f"took {end.peak_bytes / 2**20:.0f} MiB")
+    if end.code == 0 and malformed.harmless and "Traceback" not in end.output + end.errors:
+        found.accepted[malformed.area] += 1
+        return faults
+    if not end.clean:
+        faults.append(f"code {end.code}: {(end.errors or end.output).strip()[-400:]}")
+    faults += [f"partial result {name}" for name in partial(sandbox / "out")]
+    found.refused[malformed.area] += not faults
+    return faults
+
+
+def partial(out: Path) -> list[str]:
+    """What a refusal must not leave behind: anything that looks like a result, and temporary files."""
+    left = [path for pattern in RESULTS for path in out.rglob(pattern)]
+    left += [path for path in out.rglob(".*") if path.name != ".lock"]
+    return [str(path.relative_to(out)) for path in left]
