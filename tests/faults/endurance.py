@@ -83,3 +83,14 @@ def watch(flags: tuple[str, ...], workdir: Path, early: int, steps: int) -> dict
     if end.code != 0:
         raise RuntimeError(f"code {end.code}: {end.errors[-500:]}")
     return seen
+
+
+def growth(seen: dict[str, dict], what: str) -> list[str]:
+    """Faults: what grew between the two looks by more than the noise of an allocator."""
+    early, late = seen["early"], seen["late"]
+    limits = {"memory_mib": 0.1 * early["memory_mib"], "shared_mib": 1.0, "open_files": 0, "segments": 0}
+    return [
+        f"{what}: {name} grew from {early[name]:.1f} to {late[name]:.1f}"
+        for name, most in limits.items()
+        if late[name] > early[name] + most
+    ]

@@ -1,13 +1,13 @@
 """Runs that are killed with -9 again and again, started again each time, and compared with one left alone."""
 
 import json
+import os
 import random
+import shutil
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-import os
 
 from mednext_jax.train.checkpoints import UNFINISHED
 from tests.faults import bench
@@ -23,15 +23,22 @@ MOST_STARTS = 60  # of one run: one that never ends hangs
 
 @dataclass
 class Kills:
-    """What was tried and seen; ``during_saves`` counts kills that left a checkpoint half written."""
+    """What was tried and seen.
+
+    Attributes:
+      during_saves: kills that left a checkpoint half written.
+      before_training: kills before the run had a folder for checkpoints.
+      seconds: that the run which was left alone took.
+    """
 
     tried: int = 0
     during_saves: int = 0
     before_training: int = 0
     restarts: int = 0
     runs: int = 0
+    seconds: float = 0.0
     mismatches: int = 0
-    faults: list[str] | None = None
+    faults: list[str] = field(default_factory=list)
 
 
 def outcome(workdir: Path) -> dict[str, bytes | str]:
@@ -93,18 +100,27 @@ def run_and_kill(flags: tuple[str, ...], workdir: Path, rng: random.Random, seco
 
 
 def kill_runs(flags: tuple[str, ...], folder: Path, wanted: int, seed: int) -> Kills:
-    """Kills at least ``wanted`` times, over as many runs as that takes; every run ends and is compared."""
-    kills, rng = Kills(faults=[]), random.Random(seed)
-    folder.mkdir(parents=True)
-    started = time.monotonic()
-    straight = bench.run("train.py", *flags, f"--workdir={folder / 'straight'}", log=folder / "straight.log")
-    if straight.code != 0:
-        raise RuntimeError(f"the run that was left alone failed: {straight.errors[-500:]}")
-    expected, seconds = outcome(folder / "straight"), time.monotonic() - started
+    """Kills at least ``wanted`` times, over as many runs as that takes; every run ends and is compared.
+
+    After every run the counts are written to ``<folder>/kills.json``; called again, it goes on from there.
+    """
+    kept = folder / "kills.json"
+    kills = Kills(**json.loads(kept.read_text())) if kept.exists() else Kills()
+    if not kills.runs:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        started = time.monotonic()
+        straight = bench.run("train.py", *flags, f"--workdir={folder / 'straight'}", log=folder / "straight.log")
+        if straight.code != 0:
+            raise RuntimeError(f"the run that was left alone failed: {straight.errors[-500:]}")
+        kills.seconds = time.monotonic() - started
+    expected = outcome(folder / "straight")
     while kills.tried < wanted and not kills.faults:
         workdir = folder / f"run{kills.runs}"
-        run_and_kill(flags, workdir, rng, seconds, kills)
+        shutil.rmtree(workdir, ignore_errors=True)
+        run_and_kill(flags, workdir, random.Random(f"{seed} {kills.runs}"), kills.seconds, kills)
         if not kills.faults and (names := differing(outcome(workdir), expected)):
             kills.mismatches += 1
             kills.faults.append(f"{workdir.name} (seed {seed}) differs in {', '.join(names)}")
+        kept.write_text(json.dumps(asdict(kills)))
     return kills

@@ -146,11 +146,11 @@ def _loops(folder: Path, sound: bool) -> None:
 
 def _named(folder: Path, name: str, inside: bool = False) -> None:
     """Two cases in a folder of that name; or the name as that of a file of a case."""
-    place = Path(os.fsdecode(os.fsencode(folder) + b"/" + name.encode("utf-8", "surrogateescape")))
-    write_case(folder if inside else place)
-    write_case(folder if inside else place, case="BraTS-SSA-00002-000")
+    place = folder if inside else folder / name
+    write_case(place)
+    write_case(place, case="BraTS-SSA-00002-000")
     if inside:
-        (folder / CASE / f"{CASE}-t1c.nii.gz").rename(os.fsencode(folder / CASE) + b"/" + name.encode("utf-8", "surrogateescape"))
+        (place / CASE / f"{CASE}-t1c.nii.gz").rename(place / CASE / name)
 
 
 def scanner() -> Iterator[Malformed]:
