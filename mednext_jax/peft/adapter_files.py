@@ -182,7 +182,7 @@ def load_config(directory: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} does not exist: give the directory of a saved adapter")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{file} is not the configuration of a {FORMAT}")

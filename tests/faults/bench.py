@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,7 @@ def run(name: str, *arguments: str, log: Path, **options) -> Outcome:
 
 
 def _main(name: str, arguments: tuple[str, ...], log: Path, n_devices: int, wrapper) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.chdir(ROOT)
     for number, suffix in ((1, ".out"), (2, ".err")):
         target = os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -164,6 +166,12 @@ def _main(name: str, arguments: tuple[str, ...], log: Path, n_devices: int, wrap
         runpy.run_path(str(script), run_name="__main__")
     finally:
         log.with_suffix(".peak").write_text(str(_peak_bytes() - before))
+
+
+def _end_with_parent() -> None:
+    """A bench that is killed leaves no training runs behind."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _peak_bytes() -> int:

@@ -36,6 +36,7 @@ class Malformed:
       flags: with ``{in}``, ``{out}`` and ``{good}`` (folder of sound inputs) for the paths.
       make: writes the input into the folder ``in``.
       harmless: the damage may as well be one that changes nothing; then the command may succeed.
+      told: the refusal must name one of these, so that it is for this input and not for another reason.
     """
 
     area: str
@@ -44,6 +45,7 @@ class Malformed:
     flags: tuple[str, ...]
     make: Callable[[Path], None] = lambda folder: None
     harmless: bool = False
+    told: tuple[str, ...] = ()
 
 
 @dataclass
@@ -133,6 +135,8 @@ def _try(malformed: Malformed, good: Path, sandbox: Path, found: Fuzzed) -> list
     if end.code == 0 and malformed.harmless and "Traceback" not in end.output + end.errors:
         found.accepted[malformed.area] += 1
         return faults
+    if malformed.told and not any(word in end.errors for word in malformed.told):
+        faults.append(f"refused for something else: {end.errors.strip()[-200:]}")
     if not end.clean:
         faults.append(f"code {end.code}: {(end.errors or end.output).strip()[-400:]}")
     faults += [f"partial result {name}" for name in partial(sandbox / "out")]

@@ -75,7 +75,7 @@ def malformed(good: Path, scratch: Path) -> dict[str, Any]:
     """Hundreds of inputs through the commands."""
     from tests.faults import fuzz, inputs
 
-    found = fuzz.try_all(inputs.everything(), good, scratch)
+    found = fuzz.try_all(inputs.everything(good), good, scratch)
     rows = {
         f"malformed, {area}": f"{tried} tried, {found.refused[area]} refused in one line"
         + (f", {found.accepted[area]} harmless" if found.accepted[area] else "")

@@ -110,7 +110,8 @@ def stop_and_go_on(
     found, rng = Topology(), random.Random(seed)
     folder.mkdir(parents=True)
     flags = (*flags, f"--config.optim.total_steps={steps}", "--config.checkpoint_every=1")
-    _failed(found, "straight", run(flags, folder / "straight", *chain[0]))
+    if _failed(found, "straight", run(flags, folder / "straight", *chain[-1])):
+        return found
     workdir = folder / "moved"
     for number, (devices, processes) in enumerate(chain[:-1]):
         what = f"stopping on {devices} x {processes}"
