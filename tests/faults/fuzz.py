@@ -5,6 +5,7 @@ the exit code, what was printed, every file outside ``out``, what lies in ``out`
 """
 
 import hashlib
+import json
 import os
 import shutil
 from collections import Counter
@@ -98,33 +99,44 @@ def listing(folder: Path) -> dict[str, str]:
 
 
 def try_all(inputs: Sequence[Malformed], good: Path, scratch: Path) -> Fuzzed:
-    """Gives every input to its command."""
+    """Gives every input to its command; called again, it goes on, and tries again what was at fault."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    kept = scratch / "fuzzed.json"
+    passed: dict[str, list] = json.loads(kept.read_text()) if kept.exists() else {}
     found = Fuzzed()
     sound = listing(good)
     for number, malformed in enumerate(inputs):
-        sandbox = scratch / f"{number}"
-        (sandbox / "in").mkdir(parents=True)
-        (sandbox / "out").mkdir()
-        malformed.make(sandbox / "in")
         found.tried[malformed.area] += 1
-        faults = _try(malformed, good, sandbox, found)
-        found.faults += [f"{malformed.area}: {malformed.name}: {fault}" for fault in faults]
-        if not faults:
+        name = f"{malformed.area}: {malformed.name}"
+        if name not in passed:
+            sandbox = scratch / f"{number}"
+            shutil.rmtree(sandbox, ignore_errors=True)
+            (sandbox / "in").mkdir(parents=True)
+            (sandbox / "out").mkdir()
+            malformed.make(sandbox / "in")
+            faults, end = _try(malformed, good, sandbox)
+            found.faults += [f"{name}: {fault}" for fault in faults]
+            if faults:
+                continue
             shutil.rmtree(sandbox)
+            passed[name] = [end.code, end.peak_bytes / 2**20, end.seconds]
+            kept.write_text(json.dumps(passed))
+        code, mib, seconds = passed[name]
+        (found.refused if code else found.accepted)[malformed.area] += 1
+        found.most_mib, found.most_seconds = max(found.most_mib, mib), max(found.most_seconds, seconds)
     if listing(good) != sound:
         found.faults.append("a sound input was changed")
     return found
 
 
-def _try(malformed: Malformed, good: Path, sandbox: Path, found: Fuzzed) -> list[str]:
+def _try(malformed: Malformed, good: Path, sandbox: Path) -> tuple[list[str], bench.Outcome]:
+    """What is wrong with how the command took it, and how it ended."""
     places = {"in": sandbox / "in", "out": sandbox / "out", "good": good}
     flags = tuple(flag.format(**places) if "{" in flag else flag for flag in malformed.flags)
     before = listing(sandbox)
     log = sandbox.with_name(f"{sandbox.name}.log")
     with bench.Command(malformed.command, *flags, log=log) as command:
         end = command.wait(SECONDS)
-    found.most_mib = max(found.most_mib, end.peak_bytes / 2**20)
-    found.most_seconds = max(found.most_seconds, end.seconds)
     faults = []
     out = os.fspath(sandbox / "out")
     after = {path: what for path, what in listing(sandbox).items() if not path.startswith(out + os.sep)}
@@ -133,19 +145,19 @@ def _try(malformed: Malformed, good: Path, sandbox: Path, found: Fuzzed) -> list
     if end.peak_bytes > MOST_BYTES:
         faults.append(f"took {end.peak_bytes / 2**20:.0f} MiB")
     if end.code == 0 and malformed.harmless and "Traceback" not in end.output + end.errors:
-        found.accepted[malformed.area] += 1
-        return faults
+        return faults, end
     if malformed.told and not any(word in end.errors for word in malformed.told):
         faults.append(f"refused for something else: {end.errors.strip()[-200:]}")
     if not end.clean:
         faults.append(f"code {end.code}: {(end.errors or end.output).strip()[-400:]}")
-    faults += [f"partial result {name}" for name in partial(sandbox / "out")]
-    found.refused[malformed.area] += not faults
-    return faults
+    return faults + [f"partial result {name}" for name in partial(sandbox / "out")], end
 
 
 def partial(out: Path) -> list[str]:
-    """What a refusal must not leave behind: anything that looks like a result, and temporary files."""
-    left = [path for pattern in RESULTS for path in out.rglob(pattern)]
+    """What a refusal must not leave behind: anything that looks like a result, and temporary files.
+
+    The base of a training run is none: it is written whole before the first step, and again by the next start.
+    """
+    left = [path for pattern in RESULTS for path in out.rglob(pattern) if path.parent.name != "base"]
     left += [path for path in out.rglob(".*") if path.name != ".lock"]
     return [str(path.relative_to(out)) for path in left]

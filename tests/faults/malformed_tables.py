@@ -120,7 +120,7 @@ def stores(good: Path) -> Iterator[Malformed]:
     for name in ("image.npy", "label.npy"):
         header = b"\x93NUMPY\x01\x00v\x00" + f"{{'descr': '<f2', 'fortran_order': False, 'shape': {huge}, }}".encode()
         for what, change in {
-            "empty": lambda data: b"", "cut": lambda data: data[:200], "half": lambda data: data[: len(data) // 2],
+            "empty": lambda data: b"", "half": lambda data: data[: len(data) // 2],
             "one byte short": lambda data: data[:-1], "zeros": lambda data: bytes(len(data)),
             "huge": lambda data, header=header: header.ljust(127) + b"\n" + data[128:],
             "pickle": np.array([{"a": 1}], dtype=object), "other shape": np.zeros((3, 3), np.float16),

@@ -4,9 +4,9 @@ r"""The long fault test-bench: kills, damage, malformed inputs, devices and proc
     python -m tests.faults.soak --section kills      # one part
     python -m tests.faults.soak --table              # the table of the parts that were run
 
-Each part leaves its numbers in ``<folder>/results`` and is not run again while they are there, so a stopped soak goes
-on with the part it was at: the kills with the next run, other parts from their beginning. The exit code is 1 if
-anything was not as it should be.
+Each part leaves its numbers in ``<folder>/results`` and is not run again while they are there (unless it had faults),
+so a stopped soak goes on with the part it was at: the kills with the next run, the malformed inputs with the next one,
+other parts from their beginning. The exit code is 1 if anything was not as it should be.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def moves(good: Path, scratch: Path) -> dict[str, Any]:
     lost = t.lose_processes(flags, scratch / "lost", 5, SEED)
     done = _rows((moved, lost))
     done["rows"] |= {
-        "stopped by SIGTERM or SIGUSR1": f"{moved.stopped} times, all processes saved and ended with code 75",
+        "stopped by SIGTERM, SIGUSR1 or Ctrl-C": f"{moved.stopped} times, all processes saved; code 75, Ctrl-C 130",
         "one of two processes killed": f"{lost.lost} times, the other ended in one line; same bits after restart",
     }
     return done
@@ -184,9 +184,9 @@ def table(results: Path) -> str:
 def run_part(name: str, folder: Path) -> list[str]:
     """Runs a part unless its results are there; returns its faults."""
     file = folder / "results" / f"{name}.json"
-    if not file.exists():
+    if not file.exists() or json.loads(file.read_text())["faults"]:
         good, scratch = prepare(folder), folder / name
-        if name != "kills":  # goes on by itself
+        if name not in ("kills", "malformed"):  # they go on by themselves
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
         print(f"{name} ...", flush=True)

@@ -105,7 +105,8 @@ def stop_and_go_on(
 ) -> Topology:
     """One run that is asked to stop again and again and goes on with other devices and processes each time.
 
-    A random process of the group gets the signal, by turns SIGTERM and SIGUSR1; all must save and end with 75.
+    A random process of the group gets the signal, by turns SIGTERM and SIGUSR1; all must save and end with 75. One
+    alone gets SIGINT, which is Ctrl-C, and ends with 130.
     """
     found, rng = Topology(), random.Random(seed)
     folder.mkdir(parents=True)
@@ -117,9 +118,10 @@ def stop_and_go_on(
         what = f"stopping on {devices} x {processes}"
         until = (number + 1) * steps // len(chain)
         with together(flags, workdir, devices, processes) as group:
+            asked, code = ((signal.SIGTERM, signal.SIGUSR1)[number % 2], 75) if processes > 1 else (signal.SIGINT, 130)
             if group[0].wait_for(lambda until=until: written(workdir) >= until):
-                os.kill(rng.choice(group).pid, (signal.SIGTERM, signal.SIGUSR1)[number % 2])
-            if _failed(found, what, [command.wait() for command in group], code=75):
+                os.kill(rng.choice(group).pid, asked)
+            if _failed(found, what, [command.wait() for command in group], code):
                 return found
         found.stopped += 1
     if not _failed(found, "going on", run(flags, workdir, *chain[-1])):

@@ -65,6 +65,14 @@ def test_saving_copies_the_state_before_it_returns(tmp_path):
     checkpoints.close()
 
 
+def test_saving_goes_on_after_it_returned(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state(1, width=1_000_000), records(1))  # 24 MB, in less time than they take to write
+    assert not (tmp_path / "1").exists()
+    checkpoints.close()
+    assert (tmp_path / "1").is_dir()
+
+
 def flip(folder):
     file = largest_file(folder / "5")
     data = bytearray(file.read_bytes())

@@ -49,7 +49,7 @@ def straight(finished, config, open_data):
     return finished
 
 
-def test_run_leaves_everything_that_the_workdir_promises(straight):
+def test_run_leaves_everything_that_the_workdir_promises(straight, cohort):
     names = (
         "config.json",
         "environment.json",
@@ -61,7 +61,9 @@ def test_run_leaves_everything_that_the_workdir_promises(straight):
     for name in (*names, "base/model.json", "best/model.json", "model/model.safetensors"):
         assert (straight / name).exists(), name
     assert json.loads((straight / "config.json").read_text())["optim"]["total_steps"] == 6
-    assert json.loads((straight / "environment.json").read_text())["versions"]["jax"] == jax.__version__
+    environment = json.loads((straight / "environment.json").read_text())
+    assert environment["versions"]["jax"] == jax.__version__
+    assert environment["data"]["stores"] == [cohort.data_hash] and len(environment["data"]["cases"]) == 64
     assert not (straight / "adapter").exists()  # nothing was frozen
 
 
