@@ -226,7 +226,7 @@ class Checkpoints:
 
 
 class _Writing:
-    """Turns whatever a background write raises into one OSError with a remedy."""
+    """Turns whatever a background write raises into one OSError with a remedy; a lost process is no matter of disks."""
 
     def __init__(self, message: str):
         self.message = message
@@ -235,6 +235,6 @@ class _Writing:
         pass
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, jax.errors.JaxRuntimeError):
             first_line = (str(error).splitlines() or [""])[0][:200]
             raise OSError(f"{self.message} ({first_line}): check free space and permissions") from error

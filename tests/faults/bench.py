@@ -61,14 +61,12 @@ class Outcome:
       code: negative for a signal; None if it hung and had to be stopped.
       output, errors: what it printed.
       peak_bytes: memory it took beyond what the imported libraries hold; 0 if it was killed.
-      seconds: from start to end.
     """
 
     code: int | None
     output: str
     errors: str
     peak_bytes: int = 0
-    seconds: float = 0.0
 
     @property
     def clean(self) -> bool:
@@ -89,7 +87,7 @@ class Command:
     """
 
     def __init__(self, name: str, *arguments: str, log: Path, n_devices: int = 1, wrapper=None):
-        self._log, self._started = log, time.monotonic()
+        self._log = log
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(LIBRARIES))
         self.process = context.Process(target=_main, args=(name, arguments, log, n_devices, wrapper), daemon=False)
@@ -115,8 +113,8 @@ class Command:
         if hung:
             self.process.kill()
             self.process.join()
-        seconds, peak = time.monotonic() - self._started, int(self.read(".peak") or 0)
-        return Outcome(None if hung else self.process.exitcode, self.read(), self.read(".err"), peak, seconds)
+        peak = int(self.read(".peak") or 0)
+        return Outcome(None if hung else self.process.exitcode, self.read(), self.read(".err"), peak)
 
     def wait_for(self, condition, seconds: float = SECONDS) -> bool:
         """Whether ``condition()`` became true before the process or the time ended; asked every millisecond."""

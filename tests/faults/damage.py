@@ -146,8 +146,9 @@ def on_small_disk(flags: tuple[str, ...], folder: Path, size: str, mode: str, be
     """Trains with its workdir on a disk of ``size``, in a new interpreter; what it left is ``folder/left``."""
     disk = folder / "disk"
     disk.mkdir(parents=True)
-    command = ["unshare", "-Urm", "sh", "-c", _ON_SMALL_DISK, "sh", str(disk), size, mode, begin, str(folder / "left"),
-               sys.executable, str(bench.ROOT / "launch" / "train.py"), *flags, f"--workdir={disk / 'run'}"]  # fmt: skip
+    places = (str(disk), size, mode, begin, str(folder / "left"))
+    command = ["unshare", "-Urm", "sh", "-c", _ON_SMALL_DISK, "sh", *places,
+               sys.executable, str(bench.ROOT / "launch/train.py"), *flags, f"--workdir={disk}/run"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=bench.SECONDS, cwd=bench.ROOT)
     return bench.Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -51,7 +51,9 @@ def image(seed: int = 0, **fields) -> bytes:
     return bytes(data)
 
 
-def write_case(folder: Path, bad: bytes | None = None, suffix: str = ".nii.gz", case: str = CASE, skip: str = "") -> None:
+def write_case(
+    folder: Path, bad: bytes | None = None, suffix: str = ".nii.gz", case: str = CASE, skip: str = ""
+) -> None:
     """A case below ``folder``, its t1c being ``bad``; without it the case is sound."""
     place = folder / case
     place.mkdir(parents=True, exist_ok=True)
@@ -165,8 +167,10 @@ def scanner() -> Iterator[Malformed]:
     for name in ("with space", "ünïcödé 脑", "new\nline", "tab\there", "-dash", "'quote\"", "$(touch x)", "{0}", "%s",
                  "\udcff\udcfe", "a" * 200):  # fmt: skip
         yield _scan(f"folder named {name[:20]!r}", partial(_named, name=name), harmless=True)
-    for name in ("..-t1c.nii.gz", f"{CASE} (1)-t1c.nii.gz", f"{CASE}-T1C.nii.gz", f"{CASE}-t1c.nii.bz2", "-t1c.nii.gz",
-                 f"..{CASE}-t1c.nii.gz", "\udcff-t1c.nii.gz", f"{CASE}-t1c.nii.gz.nii", f"%2e%2e%2f{CASE}-t1c.nii"):  # fmt: skip
+    for name in (
+        "..-t1c.nii.gz", f"{CASE} (1)-t1c.nii.gz", f"{CASE}-T1C.nii.gz", f"{CASE}-t1c.nii.bz2", "-t1c.nii.gz",
+        f"..{CASE}-t1c.nii.gz", "\udcff-t1c.nii.gz", f"{CASE}-t1c.nii.gz.nii", f"%2e%2e%2f{CASE}-t1c.nii",
+    ):  # fmt: skip
         yield _scan(f"image named {name!r}", partial(_named, name=name, inside=True))
 
     def twice(folder: Path) -> None:

@@ -101,8 +101,8 @@ def stores(good: Path) -> Iterator[Malformed]:
         text = (good / "store" / name).read_text()
         changes += [(f"{name}: {what}", partial(_write, name, bad)) for what, bad in not_json(text)]
     dataset = json.loads((good / "store" / "dataset.json").read_text())
-    needed = {name: dataset[name] for name in
-              ("format_version", "channels", "label_scheme", "normalization", "spacing_mm", "data_hash", "cases")}  # fmt: skip
+    names = ("format_version", "channels", "label_scheme", "normalization", "spacing_mm", "data_hash", "cases")
+    needed = {name: dataset[name] for name in names}
     changes += [(f"dataset.json: {what}", partial(_write, "dataset.json", bad)) for what, bad in other_types(needed)]
     row = dataset["cases"][GOOD_CASE]
     for case in ("../../elsewhere", "/etc", "..", "", ".hidden", "a/b", "a\0b", "ü", "x" * 300):

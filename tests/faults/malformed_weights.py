@@ -90,24 +90,30 @@ def directories(good: Path) -> Iterator[Malformed]:
             for what, bad in other_types(needed)
         ]  # fmt: skip
         sound = (good / weights).read_bytes()
-        changes += [(kind, f"{weights}: {what}", partial(_write, weights, bad)) for what, bad in forged_tensors(sound, step)]
+        forged = forged_tensors(sound, step)
+        changes += [(kind, f"{weights}: {what}", partial(_write, weights, bad)) for what, bad in forged]
         for target in ("nowhere", "/dev/null", "/", Path(weights).name):
             changes.append((kind, f"{weights} is a link to {target}", partial(_link, weights, target)))
     config = json.loads((good / "adapter/adapter_config.json").read_text())
-    for options in ({"../../elsewhere": {}}, {"os.system": {"command": "touch x"}}, {"__class__": {}}, {"lora": {"rank": 2**40}},
-                    {"lora": {"rank": -1}}, {"lora": {"targets": "(" * 5000}}, {"head": {"reinit": 1}}, {"head": []},
-                    {"conv_adapter": {"gamma": 0}}, {"conv_adapter": {"kernel_size": 10**6}}, {"full": {}, "head": {}}):  # fmt: skip
+    for options in (
+        {"../../elsewhere": {}}, {"os.system": {"command": "touch x"}}, {"__class__": {}}, {"lora": {"rank": 2**40}},
+        {"lora": {"rank": -1}}, {"lora": {"targets": "(" * 5000}}, {"head": {"reinit": 1}}, {"head": []},
+        {"conv_adapter": {"gamma": 0}}, {"conv_adapter": {"kernel_size": 10**6}}, {"full": {}, "head": {}},
+    ):  # fmt: skip
         change = partial(_write, "adapter/adapter_config.json", config | {"options": options})
         changes.append(("adapter", f"options {str(options)[:40]}", change))
     model = json.loads((good / "model/model.json").read_text())
-    for kwargs in ({"n_channels": 2**40}, {"n_channels": -1}, {"block_counts": [10**9] + [0] * 8}, {"n_classes": 2**40},
-                   {"block_counts": [1]}, {"kernel_size": 10**6 + 1}, {"exp_r": 10**9}, {"in_channels": 10**12},
-                   {"n_channels": "2"}, {"n_channels": None}, {"no_such": 1}, {"dtype": "os.system"}, {"n_channels": 1e300},
-                   {"kernel_size": 0}, {"adapters": [1]}, {"dim": "4d"}, {"name": 5}, {"parent": {}}):  # fmt: skip
+    for kwargs in (
+        {"n_channels": 2**40}, {"n_channels": -1}, {"block_counts": [10**9] + [0] * 8}, {"n_classes": 2**40},
+        {"block_counts": [1]}, {"kernel_size": 10**6 + 1}, {"exp_r": 10**9}, {"in_channels": 10**12},
+        {"n_channels": "2"}, {"n_channels": None}, {"no_such": 1}, {"dtype": "os.system"}, {"n_channels": 1e300},
+        {"kernel_size": 0}, {"adapters": [1]}, {"dim": "4d"}, {"name": 5}, {"parent": {}},
+    ):  # fmt: skip
         change = partial(_write, "model/model.json", model | {"kwargs": model["kwargs"] | kwargs})
         changes.append(("model", f"network {kwargs}", change))
     for regions in ({}, {"WT": []}, {"WT": [-1]}, {"WT": ["a"]}, {"WT": [10**12]}, {"a": [1], "b": [2]}):
-        changes.append(("model", f"regions {regions}", partial(_write, "model/model.json", model | {"regions": regions})))
+        change = partial(_write, "model/model.json", model | {"regions": regions})
+        changes.append(("model", f"regions {regions}", change))
     for kind, name, change in changes:
         yield Malformed(f"{kind} files", name, "merge.py", MERGE, partial(_with, change, good=good))
     for name, flags in {

@@ -90,7 +90,7 @@ def test_bench_notices_tracebacks_changed_files_and_partial_results(good, tmp_pa
     flags = ("--input={good}/raw", "--output={out}/store", "--workers=1")
     wrong = [
         fuzz.Malformed("a", "sound input", "preprocess.py", flags),
-        fuzz.Malformed("a", "writes outside", "preprocess.py", ("--input={good}/raw", "--output={in}/store", "--workers=1")),
+        fuzz.Malformed("a", "writes outside", "preprocess.py", (flags[0], "--output={in}/store", flags[2])),
         fuzz.Malformed("a", "other reason", "train.py", ("--config=nothing.py",), crash, told=("get_config",)),
     ]  # fmt: skip
     found = fuzz.try_all(wrong, good, tmp_path / "tried")

@@ -1,5 +1,6 @@
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -163,6 +164,18 @@ def test_full_disk_is_refused_before_writing(folder, monkeypatch):
     with pytest.raises(OSError, match="0.0 MB left: make room, .* goes on from step 5"):
         checkpoints.save(6, state(6), records(6))
     assert checkpoints.steps() == [2, 4, 5]
+    checkpoints.close()
+
+
+def test_lost_process_is_not_taken_for_a_full_disk(folder, monkeypatch):
+    def lose(*_, **__):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+
+    checkpoints = Checkpoints(folder)
+    monkeypatch.setattr(checkpoints._manager, "save", lose)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo"):
+        checkpoints.save(6, state(6), records(6))
+    monkeypatch.undo()
     checkpoints.close()
 
 
