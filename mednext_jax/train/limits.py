@@ -32,7 +32,7 @@ RANGES = {
 def check(config: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the field, for a number that is NaN, infinite, or outside its range."""
     for name, value in _numbers(config):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"config.{name} is {value}: a finite number is needed")
         low, high = RANGES.get(name, (-INF, INF))
         if not low <= value <= high:
