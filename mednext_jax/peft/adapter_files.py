@@ -214,7 +214,7 @@ def _method_of(config: Mapping[str, Any], file: Path) -> registry.Method:
             for name, options in config["options"].items()
         ]
         return registry.compose(*parts) if len(parts) > 1 else parts[0]
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"{file} does not describe a method of this program: {error}") from None
 
 
