@@ -37,6 +37,11 @@ TINY = (
 ADAPTER = ("--config=configs/peft.py:demo", "--config.peft.gamma=2", "--config.optim.ema_decay=0.9", *_SMALL)
 
 
+def xla_flags(n_devices: int = 1) -> str:
+    """So many CPU devices; and level 0, which halves the time to compile, for that is what these tiny runs spend."""
+    return f"--xla_force_host_platform_device_count={n_devices} --xla_backend_optimization_level=0"
+
+
 def write_cases(root: Path, count: int = 10, shape: tuple[int, ...] = (22, 19, 17)) -> Path:
     """Writes cases in BraTS-SSA layout, each a bright ball of three labels in a round brain."""
     rng = np.random.default_rng(0)
@@ -149,10 +154,7 @@ def _main(name: str, arguments: tuple[str, ...], log: Path, n_devices: int, wrap
         os.dup2(target, number)
         os.close(target)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
-    # Level 0 halves the time to compile, which is what these tiny runs spend.
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={n_devices} --xla_backend_optimization_level=0"
-    )
+    os.environ["XLA_FLAGS"] = xla_flags(n_devices)
     if wrapper is not None:
         wrapper()
     script = ROOT / "launch" / name

@@ -5,6 +5,7 @@ is then equal, bit for bit, records included.
 """
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -149,7 +150,8 @@ def on_small_disk(flags: tuple[str, ...], folder: Path, size: str, mode: str, be
     places = (str(disk), size, mode, begin, str(folder / "left"))
     command = ["unshare", "-Urm", "sh", "-c", _ON_SMALL_DISK, "sh", *places,
                sys.executable, str(bench.ROOT / "launch/train.py"), *flags, f"--workdir={disk}/run"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=bench.SECONDS, cwd=bench.ROOT)
+    env = {**os.environ, "XLA_FLAGS": bench.xla_flags()}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=bench.SECONDS, cwd=bench.ROOT, env=env)
     return bench.Outcome(done.returncode, done.stdout, done.stderr)
 
 

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def damage(good: Path, scratch: Path) -> dict[str, Any]:
         for kind in damage.KINDS
     }
     if damage.namespaces_work():
-        sizes = ["64k", "160k", "400k", "900k", "1300k", "1700k", "2100k", "2500k"]
+        sizes = ["64k", "400k", "1100k", "1600k", "1900k"]
         disks = damage.fill_disks(flags, straight, scratch, sizes)
         rows |= {f"{kind}": f"{disks.tried[kind]} tried, {disks.detected[kind]} ended in one line and went on after"
                  for kind in disks.tried}  # fmt: skip
@@ -177,7 +176,7 @@ def table(results: Path) -> str:
         if file.exists():
             done = json.loads(file.read_text())
             lines += [f"| {what} | {seen} |" for what, seen in done["rows"].items()]
-            lines.append(f"| {part}: faults; time | {len(done['faults'])}; {done['minutes']:.1f} min |")
+            lines.append(f"| **{part}: not as it should be** | **{len(done['faults'])}** |")
     return "\n".join(lines)
 
 
@@ -190,8 +189,7 @@ def run_part(name: str, folder: Path) -> list[str]:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
         print(f"{name} ...", flush=True)
-        started = time.monotonic()
-        done = PARTS[name](good, scratch) | {"minutes": (time.monotonic() - started) / 60}
+        done = PARTS[name](good, scratch)
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(done, indent=1))
     return json.loads(file.read_text())["faults"]

@@ -96,6 +96,15 @@ def test_finished_run_started_again_changes_nothing(straight, config, open_data,
     assert (tmp_path / "copy/metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
+def test_run_killed_while_it_finished_does_not_log_its_last_steps_twice(config, open_data, tmp_path):
+    config.log_every, config.eval.every = 4, 0  # steps 5 and 6 are logged after the last checkpoint
+    loop.fit(config, open_data(config), tmp_path)
+    first = (tmp_path / "metrics.jsonl").read_bytes()
+    loop.fit(config, open_data(config), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == first
+    assert [r["step"] for r in records(tmp_path)] == [4, 6]
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
 def test_signal_becomes_a_request_with_its_exit_code_and_the_second_one_acts(name, code):
     number, before = getattr(signal, name), signal.getsignal(getattr(signal, name))
