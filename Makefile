@@ -1,4 +1,4 @@
-# Two commands for a stranger: `make demo` and `make test`. Each sets up .venv first.
+# Two commands for a stranger: `make demo` and `make test`. Each sets up .venv first. `make soak`: docs/reliability.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -12,6 +12,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 tests
+
+soak: $(VENV)/.installed
+	$(BIN)/python -m tests.faults.soak
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

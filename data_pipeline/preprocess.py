@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -141,6 +142,8 @@ def _fingerprint(path: Path) -> dict | None:
     """Name, size, time and hash of a source file; None if unreadable, which the examination will report."""
     try:
         status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever, /dev/zero never end
+            return None
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:

@@ -76,10 +76,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """Reads the command line; what is wrong with it is told in one line, exit code 1."""
     try:
         return flags.FLAGS(list(argv))
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # a config is a program, which can raise anything
         if any(argument == "--debug" for argument in argv):
             raise
-        text = str(error).strip()
+        text = str(error).strip() or type(error).__name__
         if isinstance(error, AttributeError):  # ml_collections, of a field that is not there
             cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
             text = f"the config has no field {one_line(cause)}; configs/default.py lists them"

@@ -31,6 +31,9 @@ DESCRIPTION_FILE = "model.json"
 PARAMETERS_FILE = "model.safetensors"
 _shapes_of = functools.lru_cache(maxsize=8)(parameter_shapes)  # tracing a network takes a second
 OUTPUTS = ("regions", "labels")
+# Far above any network there is: a forged description must not keep the machine busy building one.
+MOST = {"n_channels": 2**12, "in_channels": 2**10, "n_classes": 2**10, "kernel_size": 99, "exp_r": 2**10,
+        "block_counts": 2**10}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,7 @@ class ModelInfo:
         """The Linen module; ``changes`` replace arguments (``dtype``, ``remat``, ...)."""
         arguments = {key: tuple(value) if isinstance(value, list) else value
                      for key, value in {**self.kwargs, **changes}.items()}
+        _check_arguments(arguments)
         try:
             return MedNeXt(**arguments)
         except TypeError as error:
@@ -85,6 +89,18 @@ class ModelInfo:
         if self.output == "regions":
             return len(self.regions)
         return 1 + max(max(values) for values in self.regions.values())
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for arguments that name no property of a network, or a size that none can have."""
+    if hidden := sorted({"name", "parent"} & arguments.keys()):
+        raise ValueError(f"the network arguments do not fit MedNeXt: {hidden[0]} is none of them")
+    for name, most in MOST.items():
+        least = 0 if name == "block_counts" else 1
+        value = arguments.get(name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not least <= number <= most:
+                raise ValueError(f"the network's {name} is {value}: from {least} to {most} is possible")
 
 
 def params_hash(params: Mapping[str, Any]) -> str:
@@ -144,7 +160,7 @@ def load_info(path: str | os.PathLike) -> ModelInfo:
     file = find_model(path) / DESCRIPTION_FILE
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}); write the model again") from None
     if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
         raise ValueError(f"{file} is not the description of a {FORMAT}")

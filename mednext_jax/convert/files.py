@@ -120,7 +120,7 @@ def _read_safetensors(path: Path) -> dict[str, FileTensor]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         return {name: _safetensor(path, name, fields, 8 + length, size) for name, fields in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no safetensors file, or it is damaged or truncated ({error})") from None
 
 

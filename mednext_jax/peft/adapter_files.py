@@ -209,7 +209,7 @@ def load_config(directory: str | os.PathLike) -> dict[str, Any]:
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{file} is not the configuration of a {FORMAT}")
@@ -244,7 +244,7 @@ def _method_of(config: Mapping[str, Any], file: Path) -> registry.Method:
             for name, options in config["options"].items()
         ]
         return registry.compose(*parts) if len(parts) > 1 else parts[0]
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"{file} does not describe a method of this program: {error}") from None
 
 

@@ -38,6 +38,10 @@ class Progress:
     window: list[dict[str, float]] = dataclasses.field(default_factory=list)
     plateau: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def written(self, step: int) -> tuple[int, int]:
+        """Last step whose validation, and whose line of means, was in the log when ``step`` was saved."""
+        return self.validated_step, step - bool(self.window)
+
 
 class Beginning(NamedTuple):
     """Everything at the first step of this process; ``state`` is on the host."""

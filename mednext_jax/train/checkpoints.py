@@ -1,14 +1,15 @@
 """Checkpoints: Orbax writes them, we decide what may come back.
 
-A step holds the training state (trainable leaves, optimizer, average, counters, key), a list of its leaves
-with shape, dtype and CRC32, and JSON records (data position, progress, config). The base is stored once per
-run, outside.
+A step holds the training state (trainable leaves, optimizer, average, counters, key), JSON records (data
+position, progress, config), and the item ``leaves``: shape, dtype and CRC32 of every leaf, CRC32 of every record.
+The base is stored once per run, outside.
 
 Orbax alone restores a flipped byte without a word, pads leaves of another shape and casts leaves of another
 dtype (measured on 0.12.8). So a step is restored into the tree that its own list of leaves describes, each
 leaf is checked against its CRC32, and only then compared with what the run needs.
 """
 
+import json
 import os
 import shutil
 import zlib
@@ -21,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
-from mednext_jax.train import devices
+from mednext_jax.train import devices, failed_reads
 
 RECORDS = ("data", "progress", "config")
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that was being written when the run died
@@ -45,6 +46,11 @@ def describe_leaves(flat: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]
         }
         for path, leaf in flat.items()
     }
+
+
+def describe_record(record: Any) -> int:
+    """CRC32 of a JSON value, the same before it was written and after it was read."""
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def compare(found: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Any], where: str) -> None:
@@ -109,7 +115,8 @@ class Checkpoints:
         flat = flatten_state(devices.to_host(state))
         items = {name: ocp.args.JsonSave(records[name]) for name in RECORDS}
         self._check_space(step, sum(leaf.nbytes for leaf in flat.values()))
-        items["leaves"] = ocp.args.JsonSave(describe_leaves(flat))
+        sums = {name: describe_record(records[name]) for name in RECORDS}
+        items["leaves"] = ocp.args.JsonSave({"leaves": describe_leaves(flat), "records": sums})
         args = ocp.args.Composite(state=ocp.args.StandardSave(flat), **items)
         metrics = None if score is None else {"score": score}
         with self._writing(step):
@@ -148,7 +155,12 @@ class Checkpoints:
             raise FileNotFoundError(
                 f"checkpoint {self.directory / str(step)} does not exist; complete steps are {self.steps()}"
             )
-        return self._read(step, {name: ocp.args.JsonRestore() for name in RECORDS})
+        records = self._read(step, {name: ocp.args.JsonRestore() for name in RECORDS})
+        sums = self._described(step)["records"]
+        for name, record in records.items():
+            if describe_record(record) != sums.get(name):
+                raise self._damaged(step, f"its record {name} does not have its CRC32")
+        return records
 
     def restore(self, template: Any, step: int) -> Any:
         """The state of a step as numpy arrays, checked leaf by leaf.
@@ -159,23 +171,39 @@ class Checkpoints:
 
         Raises: ValueError or FileNotFoundError naming the folder and, where one is at fault, the leaf.
         """
-        where = f"checkpoint {self.directory / str(step)}"
-        leaves = self._read(step, {"leaves": ocp.args.JsonRestore()})["leaves"]
+        leaves = self._described(step)["leaves"]
         expected = flatten_state(template)
-        compare(leaves, expected, where)
+        try:
+            compare(leaves, expected, f"checkpoint {self.directory / str(step)}")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(step, "its list of leaves is none") from error
         own = {path: np.empty(leaf["shape"], leaf["dtype"]) for path, leaf in leaves.items()}
         flat = self._read(step, {"state": ocp.args.StandardRestore(own)})["state"]
         for path, found in describe_leaves(flat).items():
             if found != leaves[path]:
-                raise ValueError(f"{where} is damaged: {path} does not have its CRC32. {self._remedy(step)}")
+                raise self._damaged(step, f"{path} does not have its CRC32")
         _, structure = jax.tree_util.tree_flatten(template)
         return jax.tree_util.tree_unflatten(structure, [flat[path] for path in expected])
+
+    def _described(self, step: int) -> dict[str, dict[str, Any]]:
+        """The item that says what the others must be."""
+        described = self._read(step, {"leaves": ocp.args.JsonRestore()})["leaves"]
+        if not isinstance(described, dict) or not all(
+            isinstance(described.get(part), dict) for part in ("leaves", "records")
+        ):
+            raise self._damaged(step, "its list of leaves is none")
+        return described
+
+    def _damaged(self, step: int, reason: str) -> ValueError:
+        where = self.directory / str(step)
+        return ValueError(f"checkpoint {where} is damaged: {reason}. {self._remedy(step)}")
 
     def _read(self, step: int, items: Mapping[str, Any]) -> dict[str, Any]:
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(**items))
             missing = [name for name in items if found[name] is None]
         except Exception as error:  # Orbax and TensorStore raise a dozen kinds for files cut, lost or altered
+            failed_reads.silence()
             first_line = (str(error).splitlines() or [""])[0][:200]
             raise ValueError(
                 f"checkpoint {self.directory / str(step)} can not be read "
@@ -198,7 +226,7 @@ class Checkpoints:
 
 
 class _Writing:
-    """Turns whatever a background write raises into one OSError with a remedy."""
+    """Turns whatever a background write raises into one OSError with a remedy; a lost process is no matter of disks."""
 
     def __init__(self, message: str):
         self.message = message
@@ -207,6 +235,6 @@ class _Writing:
         pass
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, jax.errors.JaxRuntimeError):
             first_line = (str(error).splitlines() or [""])[0][:200]
             raise OSError(f"{self.message} ({first_line}): check free space and permissions") from error

@@ -118,7 +118,8 @@ def place(tree: Tree, shardings: Tree) -> Tree:
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         leaf = np.asarray(leaf)
-        return jax.make_array_from_process_local_data(sharding, leaf, leaf.shape)
+        with jax.transfer_guard("allow"):  # asked for, but among several processes JAX takes it for an accident
+            return jax.make_array_from_process_local_data(sharding, leaf, leaf.shape)
 
     return jax.tree.map(put, tree, shardings)
 
@@ -126,7 +127,8 @@ def place(tree: Tree, shardings: Tree) -> Tree:
 def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Splits this process's rows of the batch over its devices; returns global arrays."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    with jax.transfer_guard("allow"):  # see place
+        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
 def to_host(tree: Tree) -> Tree:

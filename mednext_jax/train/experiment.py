@@ -13,7 +13,7 @@ from mednext_jax import modeldir, peft
 from mednext_jax.infer.sliding_window import SlidingWindow
 from mednext_jax.nn import paths
 from mednext_jax.nn.mednext import DIVISOR, MedNeXt
-from mednext_jax.train import augment, devices, losses, network, optimizer, schedules
+from mednext_jax.train import augment, devices, limits, losses, network, optimizer, schedules
 from mednext_jax.train import step as train_step
 from mednext_jax.train.validation import LoadCase
 
@@ -76,25 +76,14 @@ class Experiment:
 
 def check_config(config: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the field, for values no run can have."""
-    patch = config["data"]["patch_voxels"]
-    if len(patch) != 3 or any(size < DIVISOR or size % DIVISOR for size in patch):
-        raise ValueError(
-            f"config.data.patch_voxels is {tuple(patch)}: three sizes divisible by {DIVISOR} are needed"
-        )
-    positive = {
-        "optim.total_steps": config["optim"]["total_steps"],
-        "log_every": config["log_every"],
-        "checkpoint_every": config["checkpoint_every"],
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise ValueError(f"config.{name} is {value}: at least 1 is needed")
-    for name in ("ema_decay", "layer_decay"):
-        if not 0 <= config["optim"][name] <= 1:
-            raise ValueError(
-                f"config.optim.{name} is {config['optim'][name]}: a number from 0 to 1 is needed"
-            )
+    limits.check(config)
+    limits.check_patch(config["data"]["patch_voxels"], DIVISOR)
     schedules.make_schedule(config["optim"])
+    optimizer.check_groups(config["optim"]["groups"])
+    if config["init_head"] not in network.HEAD_CHOICES:
+        raise ValueError(
+            f"config.init_head is {config['init_head']!r}; it must be one of {', '.join(network.HEAD_CHOICES)}"
+        )
     if config["model"]["output"] not in modeldir.OUTPUTS:
         raise ValueError(
             f"config.model.output is {config['model']['output']!r}; it must be one of "
@@ -188,9 +177,10 @@ def method_of(config: Mapping[str, Any]) -> peft.Method:
 def _augmentation(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Callable | None:
     """The augmentation of ``config["augment"]`` as ``(key, image, label) -> (image, label)``, or None."""
     settings = dict(config["augment"])
-    if not settings.pop("enabled"):
-        return None
+    enabled = settings.pop("enabled")
     settings = augment.check_config(settings)
+    if not enabled:
+        return None
     sharded = mesh if mesh.devices.size > 1 else None
     return functools.partial(augment.augment, config=settings, mesh=sharded)
 

@@ -27,15 +27,15 @@ METRICS_FILE = "metrics.jsonl"
 VALIDATION = "val/"  # prefix of validation scores
 
 
-def truncate_metrics(file: Path, step: int, validated_step: int) -> None:
-    """Drops what a run resumed at ``step`` will write again, and a half-written last line."""
+def truncate_metrics(file: Path, step: int, written: tuple[int, int]) -> None:
+    """Drops what a run resumed at ``step`` will write again, and a half-written last line; see :class:`RunLog`."""
     if not file.exists():
         return
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
-            last = validated_step if VALIDATION + "mean" in record else step
+            last = written[0] if VALIDATION + "mean" in record else written[1] if "loss" in record else step
             if record["step"] <= last:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
@@ -57,17 +57,17 @@ class RunLog:
     Args:
       workdir: gets ``metrics.jsonl`` and ``tensorboard/``.
       first_step: steps done before; later records of an interrupted run are dropped.
-      validated_step: last of them that was validated.
+      written: last of them whose validation, and whose line of means, was written before the checkpoint was.
       total_steps: for the time left.
     """
 
-    def __init__(self, workdir: Path, first_step: int, validated_step: int, total_steps: int, active: bool):
+    def __init__(self, workdir: Path, first_step: int, written: tuple[int, int], total_steps: int, active: bool):
         self.active, self.total_steps = active, total_steps
         self.seconds_per_step: float | None = None  # mean since the last pause
         self._since, self._timed_steps = None, 0
         if not active:
             return
-        truncate_metrics(workdir / METRICS_FILE, first_step, validated_step)
+        truncate_metrics(workdir / METRICS_FILE, first_step, written)
         self._file = open(workdir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self._bar = None

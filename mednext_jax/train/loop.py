@@ -91,7 +91,7 @@ class Run:
         if self.progress.plateau:
             self.plateau.set_state(self.progress.plateau)
         self.primary = jax.process_index() == 0
-        self.log = RunLog(folder, self.step, self.progress.validated_step, self.total_steps, self.primary)
+        self.log = RunLog(folder, self.step, self.progress.written(self.step), self.total_steps, self.primary)
         for line in (*report, peft.summary(self.parts.parameters(self.parts.trainable), self.parts.method.rule)):
             self.log.say(line)
         self.shard_optimizer = config["optim"]["shard_state"]

@@ -203,10 +203,6 @@ def _wanted_network(
     Raises: ValueError if ``config["model"]`` asks for another architecture, or the head for other data.
     """
     _check_architecture(info.kwargs, wanted_arguments(config))
-    if config["init_head"] not in HEAD_CHOICES:
-        raise ValueError(
-            f"config.init_head is {config['init_head']!r}; it must be one of {', '.join(HEAD_CHOICES)}"
-        )
     wanted = _info(config, data, info.kwargs)
     same_head = (info.output, info.regions, info.n_outputs) == (
         wanted.output,

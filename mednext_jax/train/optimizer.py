@@ -33,6 +33,22 @@ def is_decayed(path: str, leaf: Any) -> bool:
     return leaf.ndim > 1 and name not in ("bias", "scale") and not name.startswith(("grn_", "ssf_"))
 
 
+def check_groups(groups: Any) -> None:
+    """Raises ValueError unless every entry of ``config.optim.groups`` is (regex, factor, factor)."""
+    for group in groups:
+        try:
+            pattern, *factors = group
+            re.compile(pattern)
+            good = len(factors) == 2 and all(isinstance(factor, int | float) and factor >= 0 for factor in factors)
+        except (TypeError, re.error):
+            good = False
+        if not good:
+            raise ValueError(
+                f"config.optim.groups holds {group!r}: (regex on the path, learning-rate factor, weight-decay "
+                "factor) is needed"
+            )
+
+
 def assign_groups(
     trainable: Mapping[str, Any], config: Mapping[str, Any], new: Collection[str] = ()
 ) -> dict[str, Group]:

@@ -1,5 +1,6 @@
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -65,6 +66,14 @@ def test_saving_copies_the_state_before_it_returns(tmp_path):
     checkpoints.close()
 
 
+def test_saving_goes_on_after_it_returned(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state(1, width=1_000_000), records(1))  # 24 MB, in less time than they take to write
+    assert not (tmp_path / "1").exists()
+    checkpoints.close()
+    assert (tmp_path / "1").is_dir()
+
+
 def flip(folder):
     file = largest_file(folder / "5")
     data = bytearray(file.read_bytes())
@@ -77,7 +86,6 @@ def truncate(folder):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore's own futures
 @pytest.mark.parametrize(
     "damage",
     [
@@ -105,6 +113,16 @@ def test_flipped_bit_names_the_leaf(folder):
     checkpoints = Checkpoints(folder)
     with pytest.raises(ValueError, match="stem/kernel does not have its CRC32|can not be read"):
         checkpoints.restore(state(), 5)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(("name", "old", "new"), [("data", b"5", b"7"), ("leaves", b'"records"', b'"recordz"')])
+def test_changed_record_is_refused(folder, name, old, new):
+    file = folder / "5" / name / "metadata"
+    file.write_bytes(file.read_bytes().replace(old, new))
+    checkpoints = Checkpoints(folder)
+    with pytest.raises(ValueError, match="5 is damaged: its (record data does not have its CRC32|list of leaves)"):
+        checkpoints.records(5)
     checkpoints.close()
 
 
@@ -146,6 +164,18 @@ def test_full_disk_is_refused_before_writing(folder, monkeypatch):
     with pytest.raises(OSError, match="0.0 MB left: make room, .* goes on from step 5"):
         checkpoints.save(6, state(6), records(6))
     assert checkpoints.steps() == [2, 4, 5]
+    checkpoints.close()
+
+
+def test_lost_process_is_not_taken_for_a_full_disk(folder, monkeypatch):
+    def lose(*_, **__):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+
+    checkpoints = Checkpoints(folder)
+    monkeypatch.setattr(checkpoints._manager, "save", lose)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo"):
+        checkpoints.save(6, state(6), records(6))
+    monkeypatch.undo()
     checkpoints.close()
 
 

@@ -49,7 +49,7 @@ def straight(finished, config, open_data):
     return finished
 
 
-def test_run_leaves_everything_that_the_workdir_promises(straight):
+def test_run_leaves_everything_that_the_workdir_promises(straight, cohort):
     names = (
         "config.json",
         "environment.json",
@@ -61,7 +61,9 @@ def test_run_leaves_everything_that_the_workdir_promises(straight):
     for name in (*names, "base/model.json", "best/model.json", "model/model.safetensors"):
         assert (straight / name).exists(), name
     assert json.loads((straight / "config.json").read_text())["optim"]["total_steps"] == 6
-    assert json.loads((straight / "environment.json").read_text())["versions"]["jax"] == jax.__version__
+    environment = json.loads((straight / "environment.json").read_text())
+    assert environment["versions"]["jax"] == jax.__version__
+    assert environment["data"]["stores"] == [cohort.data_hash] and len(environment["data"]["cases"]) == 64
     assert not (straight / "adapter").exists()  # nothing was frozen
 
 
@@ -92,6 +94,15 @@ def test_finished_run_started_again_changes_nothing(straight, config, open_data,
     shutil.copytree(straight, tmp_path / "copy")
     loop.fit(config, open_data(config), tmp_path / "copy")
     assert (tmp_path / "copy/metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+def test_run_killed_while_it_finished_does_not_log_its_last_steps_twice(config, open_data, tmp_path):
+    config.log_every, config.eval.every = 4, 0  # steps 5 and 6 are logged after the last checkpoint
+    loop.fit(config, open_data(config), tmp_path)
+    first = (tmp_path / "metrics.jsonl").read_bytes()
+    loop.fit(config, open_data(config), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == first
+    assert [r["step"] for r in records(tmp_path)] == [4, 6]
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])

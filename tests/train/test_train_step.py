@@ -178,3 +178,13 @@ def test_batch_that_does_not_divide_is_refused_with_both_numbers(batch_size, acc
 def test_more_devices_than_there_are_is_refused():
     with pytest.raises(ValueError, match="64 devices are asked for, 4 are there"):
         devices.make_mesh(64)
+
+
+def test_deterministic_asks_xla_and_a_gpu_that_was_not_asked_is_refused(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--some_flag=1")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match="config.deterministic needs XLA_FLAGS=--xla_gpu_deterministic_ops=true"):
+        devices.check_deterministic()
+    devices.make_deterministic()
+    devices.check_deterministic()
+    assert devices.os.environ["XLA_FLAGS"] == "--some_flag=1 --xla_gpu_deterministic_ops=true"

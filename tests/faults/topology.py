@@ -1,0 +1,155 @@
+"""One run on 1 to 8 devices in 1 to 4 processes over loopback: the same losses, stopping, going on, losing one."""
+
+import json
+import os
+import random
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.faults import bench, kills
+
+COMBINATIONS = tuple((d, p) for d in (1, 2, 4, 8) for p in (1, 2, 4) if p <= d)
+BATCH_SIZE = 8
+SURVIVOR_SECONDS = 120.0  # twice the heartbeat after which JAX counts a silent process as lost
+FLAGS = (
+    *bench.TINY, f"--config.data.batch_size={BATCH_SIZE}", "--config.n_devices=0", "--config.log_every=1",
+    "--config.eval.every=0", "--config.optim.name=sgd", "--config.optim.peak_lr=0.05", "--config.optim.warmup_steps=2",
+)  # fmt: skip
+
+
+@dataclass
+class Topology:
+    """Largest loss difference to one device in one process, by name of the combination; what else was tried."""
+
+    differences: dict[str, float] = field(default_factory=dict)
+    stopped: int = 0
+    lost: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def together(flags: Sequence[str], workdir: Path, devices: int, processes: int) -> Iterator[list[bench.Command]]:
+    """Starts one run in several processes, each with its share of the devices."""
+    place = f"--coordinator=127.0.0.1:{free_port()}"
+    with ExitStack() as stack:
+        group = []
+        for number in range(processes):
+            own = (place, f"--process_count={processes}", f"--process_id={number}") if processes > 1 else ()
+            log = workdir.with_name(f"{workdir.name}-{number}.log")
+            command = bench.Command(
+                "train.py", *flags, f"--workdir={workdir}", *own, log=log, n_devices=devices // processes
+            )
+            group.append(stack.enter_context(command))
+        yield group
+
+
+def run(flags: Sequence[str], workdir: Path, devices: int, processes: int) -> list[bench.Outcome]:
+    """To the end."""
+    with together(flags, workdir, devices, processes) as group:
+        return [command.wait() for command in group]
+
+
+def losses(workdir: Path) -> list[float]:
+    """Of every step."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def difference(one: Path, other: Path) -> float:
+    """Largest difference of a step's loss; infinite if they have not the same steps."""
+    pair = losses(one), losses(other)
+    if len(pair[0]) != len(pair[1]):
+        return float("inf")
+    return max(abs(a - b) for a, b in zip(*pair, strict=True))
+
+
+def _failed(found: Topology, what: str, ends: Sequence[bench.Outcome], code: int = 0) -> bool:
+    wrong = [end for end in ends if end.code != code]
+    found.faults += [f"{what}: code {end.code} instead of {code}: {end.errors.strip()[-300:]}" for end in wrong]
+    return bool(wrong)
+
+
+def matrix(flags: Sequence[str], folder: Path, combinations: Sequence[tuple[int, int]], name: str) -> Topology:
+    """Trains ten steps on every combination of devices and processes; the first one is what others are held to."""
+    found = Topology()
+    folder.mkdir(parents=True)
+    flags = (*flags, "--config.optim.total_steps=10", "--config.checkpoint_every=100")
+    for devices, processes in combinations:
+        what = f"{name}, {devices} x {processes}"
+        workdir = folder / f"{devices}x{processes}"
+        if not _failed(found, what, run(flags, workdir, devices, processes)):
+            first = folder / "{}x{}".format(*combinations[0])
+            found.differences[what] = difference(first, workdir)
+    return found
+
+
+def written(workdir: Path) -> int:
+    """Steps whose metrics are written."""
+    file = workdir / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def stop_and_go_on(
+    flags: Sequence[str], folder: Path, chain: Sequence[tuple[int, int]], steps: int, seed: int
+) -> Topology:
+    """One run that is asked to stop again and again and goes on with other devices and processes each time.
+
+    A random process of the group gets the signal, by turns SIGTERM and SIGUSR1; all must save and end with 75. One
+    alone gets SIGINT, which is Ctrl-C, and ends with 130.
+    """
+    found, rng = Topology(), random.Random(seed)
+    folder.mkdir(parents=True)
+    flags = (*flags, f"--config.optim.total_steps={steps}", "--config.checkpoint_every=1")
+    if _failed(found, "straight", run(flags, folder / "straight", *chain[-1])):
+        return found
+    workdir = folder / "moved"
+    for number, (devices, processes) in enumerate(chain[:-1]):
+        what = f"stopping on {devices} x {processes}"
+        until = (number + 1) * steps // len(chain)
+        with together(flags, workdir, devices, processes) as group:
+            asked, code = ((signal.SIGTERM, signal.SIGUSR1)[number % 2], 75) if processes > 1 else (signal.SIGINT, 130)
+            if group[0].wait_for(lambda until=until: written(workdir) >= until):
+                os.kill(rng.choice(group).pid, asked)
+            if _failed(found, what, [command.wait() for command in group], code):
+                return found
+        found.stopped += 1
+    if not _failed(found, "going on", run(flags, workdir, *chain[-1])):
+        path = " -> ".join(f"{d} x {p}" for d, p in chain)
+        found.differences[f"stopped and moved, {path}"] = difference(folder / "straight", workdir)
+    return found
+
+
+def lose_processes(flags: Sequence[str], folder: Path, times: int, seed: int) -> Topology:
+    """One of two processes is killed with -9: the other ends in one clear line; started again, all bits agree."""
+    found, rng = Topology(), random.Random(seed)
+    folder.mkdir(parents=True)
+    flags = (*flags, "--config.optim.total_steps=30", "--config.checkpoint_every=2")
+    if _failed(found, "straight", run(flags, folder / "straight", 2, 2)):
+        return found
+    workdir = folder / "broken"
+    for number in range(times):
+        with together(flags, workdir, 2, 2) as group:
+            until = written(workdir) + rng.randint(1, 5)
+            victim = rng.randrange(2)
+            if not group[0].wait_for(lambda until=until: written(workdir) >= until):
+                break  # finished
+            os.kill(group[victim].pid, signal.SIGKILL)
+            end = group[1 - victim].wait(SURVIVOR_SECONDS)
+        found.lost += 1
+        if not end.clean or "start the same command again" not in end.errors:
+            found.faults.append(f"survivor {number}: code {end.code}: {end.errors[-600:]}")
+    if not _failed(found, "going on", run(flags, workdir, 2, 2)):
+        names = kills.differing(kills.outcome(folder / "straight"), kills.outcome(workdir))
+        found.faults += [f"after lost processes {names} differ"] if names else []
+    return found
