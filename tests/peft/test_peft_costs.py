@@ -70,11 +70,13 @@ def test_steps_cost_no_more_than_methods_promise():
     assert len(table) == 2 + len(PROMISES) and "| `head` | The output layers, those of deep supervision" in table[3]
 
 
-def test_compiled_step_of_decoder_and_head_needs_less_arithmetic_and_memory(network):
-    names = ("full", "decoder", "head")
-    rows = peft.costs([peft.create(name) for name in names], network.clone(kernel_size=1), (64, 64), compiled=True)
-    assert sorted((row.temporary_bytes for row in rows), reverse=True) == [row.temporary_bytes for row in rows]
-    assert rows[2].temporary_bytes < 0.7 * rows[0].temporary_bytes
+def test_compiled_steps_need_less_temporary_memory_than_full_fine_tuning():
+    """On the whole way down and up; a step that trains norms and biases once took more than twice the full one's."""
+    model = create_mednext("S", n_classes=3, n_channels=8, block_counts=(1, 1, 0, 0, 0, 0, 0, 1, 1))
+    most = {"full": 1.0, "conv_adapter": 0.85, "norm_bias_head": 0.7, "head": 0.3}
+    full, *rows = peft.costs([peft.create(name) for name in most], model, (48, 32, 32), compiled=True)
+    for row, share in zip(rows, list(most.values())[1:], strict=True):
+        assert row.temporary_bytes < share * full.temporary_bytes, row.method
 
 
 def test_conv_adapter_step_keeps_no_array_per_kernel_tap():
