@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
 
 Tree = Any
 
@@ -17,6 +18,7 @@ Tree = Any
 LAUNCHER_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 JOIN_SECONDS = 300  # longest wait for all processes to be there
+MEET_SECONDS = 1800  # longest wait for the slowest to compile, or to validate its cases
 HEARTBEAT_SECONDS = 60  # a process that was silent for so long is lost
 
 
@@ -48,6 +50,15 @@ def join_processes(coordinator: str = "", process_count: int = 0, process_id: in
             f"the processes of this run did not find each other ({first_line}): start as many as asked for, "
             "within five minutes, and check that the first one's host and port can be reached"
         ) from error
+
+
+def meet(name: str) -> None:
+    """Waits until all processes are here, in a connection that does not mind how long that takes.
+
+    The first collective between processes does: on CPUs it gives up after half a minute, and processes that share
+    a machine compile more than that apart (measured on two busy cores).
+    """
+    multihost.get_barrier_sync_fn()(key=name, timeout_ms=MEET_SECONDS * 1000)
 
 
 def make_deterministic() -> None:

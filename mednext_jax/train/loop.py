@@ -80,8 +80,7 @@ class Run:
         mesh: jax.sharding.Mesh,
         beginning: Beginning,
     ):
-        self.config, self.data, self.folder = config, data, folder
-        self.checkpoints, self.mesh = checkpoints, mesh
+        self.config, self.data, self.folder, self.checkpoints, self.mesh = config, data, folder, checkpoints, mesh
         self.parts, state, self.progress, report = beginning
         self.step, self.bad_steps = int(state.step), int(state.bad_steps)
         self.saved_step = self.step
@@ -135,6 +134,7 @@ class Run:
         started = time.monotonic()
         batch = experiment.batch_shapes(self.config, len(self.data.contract.channels))
         compiled = compile_step(self.parts.step, self.mesh, self.state, self.frozen, batch, self.shard_optimizer)
+        devices.meet("compiled")
         costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
         self.temporary_bytes = getattr(memory, "temp_size_in_bytes", None)
         self.log.say(

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from mednext_jax.evaluate import overlap
 from mednext_jax.infer.postprocess import PostProcess
 from mednext_jax.infer.sliding_window import SlidingWindow
+from mednext_jax.train import devices
 
 THRESHOLD = 0.5
 
@@ -102,6 +103,7 @@ def validate(
         truth = overlap.region_masks(np.asarray(label), columns)
         dice[row] = [overlap.dice(predicted[name], truth[name]) for name in columns]
     if jax.process_count() > 1:
+        devices.meet("validated")
         shares = multihost_utils.process_allgather(dice)  # (processes, cases, regions)
         rows = np.arange(len(case_ids))
         dice = np.asarray(shares)[rows % jax.process_count(), rows]

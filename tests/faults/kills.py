@@ -27,13 +27,11 @@ class Kills:
 
     Attributes:
       during_saves: kills that left a checkpoint half written.
-      before_training: kills before the run had a folder for checkpoints.
       seconds: that the run which was left alone took.
     """
 
     tried: int = 0
     during_saves: int = 0
-    before_training: int = 0
     restarts: int = 0
     runs: int = 0
     seconds: float = 0.0
@@ -91,7 +89,6 @@ def run_and_kill(flags: tuple[str, ...], workdir: Path, rng: random.Random, seco
         if end.code == -signal.SIGKILL:
             kills.tried += 1
             kills.during_saves += bool(half_written(workdir))
-            kills.before_training += not (workdir / "checkpoints").exists()
             continue
         if end.code != 0:
             kills.faults.append(f"{workdir.name}: code {end.code}: {end.errors.strip()[-300:]}")

@@ -81,14 +81,18 @@ def _failed(found: Topology, what: str, ends: Sequence[bench.Outcome], code: int
 
 
 def matrix(flags: Sequence[str], folder: Path, combinations: Sequence[tuple[int, int]], name: str) -> Topology:
-    """Trains ten steps on every combination of devices and processes; the first one is what others are held to."""
+    """Trains ten steps on every combination of devices and processes; the first one is what others are held to.
+
+    Combinations that ended well before are not trained again.
+    """
     found = Topology()
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     flags = (*flags, "--config.optim.total_steps=10", "--config.checkpoint_every=100")
     for devices, processes in combinations:
         what = f"{name}, {devices} x {processes}"
         workdir = folder / f"{devices}x{processes}"
-        if not _failed(found, what, run(flags, workdir, devices, processes)):
+        done = (workdir / "result.json").exists()
+        if done or not _failed(found, what, run(flags, workdir, devices, processes)):
             first = folder / "{}x{}".format(*combinations[0])
             found.differences[what] = difference(first, workdir)
     return found
