@@ -35,7 +35,7 @@ def add_voxelwise(
     (B, *spatial, out).
 
     Args:
-      f: treats voxels independently; a function of a module, so that equal calls share one trace.
+      f: treats voxels independently; hashable, so a function of a module.
       width: channels that f makes of a voxel at most; it decides how thick a slab is.
       norm: of one channel per group, or None for none.
       weights: what f needs, differentiable; any tree of arrays.
@@ -100,8 +100,10 @@ def _backward(f: Callable, width: int, saved: tuple, g: Any) -> tuple:
         return (None if d_n is None else put(d_n, d_here, i, thickness)), sums, d_weights
 
     zero = jnp.zeros((x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1]), jnp.float32)
-    # Not zeros: those depend on nothing, so XLA would make them at the very start of a step and keep them.
-    room = None if wanted_x is None else jnp.broadcast_to(g.ravel()[0].astype(x.dtype), x.shape)
+    # Not zeros: those depend on nothing, so XLA would make them at the very start of a step and keep them. One element
+    # of each sample, so that a batch that is split over devices stays where it is.
+    first = jax.lax.slice(g, (0,) * g.ndim, (g.shape[0], *(1,) * (g.ndim - 1))).astype(x.dtype)
+    room = None if wanted_x is None else jnp.broadcast_to(first, x.shape)
     start = room, (zero, zero) if needs_sums else None, jax.tree.map(jnp.zeros_like, wanted)
     d_n, sums, d_weights = each_slab(slab, x.shape[1] // thickness, start)
     d_x = d_n if d_n is None or norm is None else _through_norm(d_n, x, statistics, norm.scale, *sums)
