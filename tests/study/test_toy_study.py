@@ -12,6 +12,9 @@ from tests.study.cohorts import write_cohort
 ROOT = Path(__file__).resolve().parents[2]
 
 
+pytestmark = pytest.mark.timeout(1800)  # a whole study; minutes on free cores
+
+
 @pytest.fixture(scope="module")
 def concluded(tmp_path_factory) -> dict:
     """results.json of the toy study."""
@@ -20,7 +23,7 @@ def concluded(tmp_path_factory) -> dict:
              for name, target in (("source", False), ("target", True))]  # fmt: skip
     command = [sys.executable, str(ROOT / "launch" / "study.py"), f"--config={Path(__file__).parent / 'toy.py'}",
                f"--workdir={folder / 'study'}", *roots]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1700, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "study" / "results.json").read_text())
 
