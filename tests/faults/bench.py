@@ -122,12 +122,12 @@ class Command:
         return Outcome(None if hung else self.process.exitcode, self.read(), self.read(".err"), peak)
 
     def wait_for(self, condition, seconds: float = SECONDS) -> bool:
-        """Whether ``condition()`` became true before the process or the time ended; asked every millisecond."""
+        """Whether ``condition()`` became true before the process or the time ended; asked again and again."""
         deadline = time.monotonic() + seconds
         while self.alive and time.monotonic() < deadline:
             if condition():
                 return True
-            time.sleep(0.001)
+            time.sleep(0.003)
         return False
 
     def __enter__(self) -> "Command":

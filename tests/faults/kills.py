@@ -78,13 +78,14 @@ def die(command: bench.Command, workdir: Path, rng: random.Random, whole_seconds
         os.kill(command.pid, signal.SIGKILL)
 
 
-def run_and_kill(flags: tuple[str, ...], workdir: Path, rng: random.Random, seconds: float, kills: Kills) -> None:
-    """One run, started again after every kill until it ends by itself."""
+def run_and_kill(flags: tuple[str, ...], workdir: Path, rng: random.Random, wanted: int, kills: Kills) -> None:
+    """One run, started again after every kill until it ends by itself; left alone once ``wanted`` kills were tried."""
     kills.runs += 1
     for start in range(MOST_STARTS):
         kills.restarts += start > 0
         with bench.Command("train.py", *flags, f"--workdir={workdir}", log=workdir.with_suffix(".log")) as command:
-            die(command, workdir, rng, seconds)
+            if kills.tried < wanted:
+                die(command, workdir, rng, kills.seconds)
             end = command.wait()
         if end.code == -signal.SIGKILL:
             kills.tried += 1
@@ -115,7 +116,7 @@ def kill_runs(flags: tuple[str, ...], folder: Path, wanted: int, seed: int) -> K
     while kills.tried < wanted and not kills.faults:
         workdir = folder / f"run{kills.runs}"
         shutil.rmtree(workdir, ignore_errors=True)
-        run_and_kill(flags, workdir, random.Random(f"{seed} {kills.runs}"), kills.seconds, kills)
+        run_and_kill(flags, workdir, random.Random(f"{seed} {kills.runs}"), wanted, kills)
         if not kills.faults and (names := differing(outcome(workdir), expected)):
             kills.mismatches += 1
             kills.faults.append(f"{workdir.name} (seed {seed}) differs in {', '.join(names)}")
