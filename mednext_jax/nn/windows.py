@@ -18,6 +18,7 @@ def accumulator(*arrays: Array) -> jnp.dtype:
 
 
 def halved(x: Array, stride: int) -> tuple[int, ...]:
+    """Spatial sizes of what a convolution of x (B, *spatial, C) with this stride gives: ceil(n / stride)."""
     return tuple((n - 1) // stride + 1 for n in x.shape[1:-1])
 
 
