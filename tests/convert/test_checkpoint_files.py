@@ -4,6 +4,7 @@ import io
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -223,3 +224,26 @@ def test_checkpoints_are_read_without_torch(tmp_path, tensors):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           cwd=Path(__file__).parents[2], check=False)
     assert done.stdout.strip() == "4", done.stderr
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["zip", "stream"])
+@pytest.mark.parametrize("claim", [
+    pytest.param(b"\x80\x02}r\xff\xff\xff\x7f.", id="memo of 2**31 places"),
+    pytest.param(b"\x80\x02X\xff\xff\xff\x7fabc.", id="string of 2**31 bytes"),
+    pytest.param(b"\x80\x02\x8b\xff\xff\xff\x7f\x01.", id="integer of 2**31 bytes"),
+    pytest.param(b"\x80\x04\x95" + (2**60).to_bytes(8, "little") + b"N.", id="frame of 2**60 bytes"),
+])  # fmt: skip
+def test_sizes_that_a_file_claims_take_no_memory(claim, stream, tmp_path):
+    path = tmp_path / "forged.pt"
+    if stream:
+        path.write_bytes(claim)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", claim)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="forged.pt"):
+            files.read(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
