@@ -146,16 +146,11 @@ class Effect:
 def effect(fault: str, faulty: Setting, clean: Setting) -> Effect:
     """Compares a study with one fault to the study without, over the repetitions and cases that both have.
 
-    Raises: ValueError if the two were tested on different cases.
+    Raises: ValueError if the two were tested on different cases, or share no repetition.
     """
-    source, zero_shot = (_paired(getattr(faulty, name), getattr(clean, name)) for name in ("source", "zero_shot"))
-    if len(source[0]) != len(zero_shot[0]):
-        raise ValueError(f"{fault}: the networks tested on the source and on the target are not the same")
+    source, zero_shot = _paired(fault, faulty, clean, ("source", "zero_shot"))
     drop, drop_change, share = _drops(source, zero_shot)
-    full, clean_full = _paired(faulty.full, clean.full)
-    adapter, clean_adapter = _paired(faulty.adapter, clean.adapter)
-    rows = min(len(full), len(adapter))
-    full, clean_full, adapter, clean_adapter = (v[:rows] for v in (full, clean_full, adapter, clean_adapter))
+    (full, clean_full), (adapter, clean_adapter) = _paired(fault, faulty, clean, ("full", "adapter"))
     return Effect(
         fault, drop, drop_change, share, estimate(full), estimate(adapter), difference(adapter, full),
         difference(adapter - full, clean_adapter - clean_full),
@@ -174,15 +169,20 @@ def _drops(source: Sequence[np.ndarray], zero_shot: Sequence[np.ndarray]) -> tup
             Estimate(change, *statistics.interval(changes), *counts), Estimate(*share, *counts))
 
 
-def _paired(first: tuple[Table, str], second: tuple[Table, str]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean Dice of both over the seeds that both have."""
-    (table, arm), (other_table, other_arm) = first, second
-    if table.cases(arm) != other_table.cases(other_arm):
-        raise ValueError(f"{arm} and {other_arm} were tested on different cases")
-    shared = [seed for seed in table.seeds(arm) if seed in other_table.seeds(other_arm)]
+def _paired(fault: str, faulty: Setting, clean: Setting, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Mean Dice (with the fault, without it) of each name, over the seeds that all of them have.
+
+    What a fault leaves as it is may have been repeated more often than what it changes.
+    """
+    pairs = [(getattr(faulty, name), getattr(clean, name)) for name in names]
+    for (table, arm), (other_table, other_arm) in pairs:
+        if table.cases(arm) != other_table.cases(other_arm):
+            raise ValueError(f"{arm} and {other_arm} were tested on different cases")
+    every = [table.seeds(arm) for pair in pairs for table, arm in pair]
+    shared = [seed for seed in every[0] if all(seed in seeds for seeds in every)]
     if not shared:
-        raise ValueError(f"{arm} and {other_arm} share no repetition ({SEED_MARK}...)")
-    return mean_dice(table, arm, shared), mean_dice(other_table, other_arm, shared)
+        raise ValueError(f"{fault}: {' and '.join(names)} share no repetition ({SEED_MARK}...)")
+    return [tuple(mean_dice(table, arm, shared) for table, arm in pair) for pair in pairs]
 
 
 def few_shot(tables: Mapping[int, Table], arms: Mapping[int, Mapping[str, str]]) -> dict[str, dict[int, Estimate]]:

@@ -68,10 +68,16 @@ def test_without_a_drop_no_fault_has_a_share_of_it():
     assert math.isnan(results.effect("none", clean, clean).share_of_drop.mean)
 
 
-def test_networks_that_differ_between_the_cohorts_have_no_drop():
-    made = table(source=around(0.9, 1), zero=around(0.7, 2)[:2], full=around(0.8, 3), adapter=around(0.8, 4))
-    with pytest.raises(ValueError, match="not the same"):
-        results.effect("none", setting(made), setting(made))
+def test_a_fault_that_leaves_the_source_as_it_is_takes_the_repetitions_that_all_networks_have():
+    source, zero = around(0.9, 1), around(0.7, 2)
+    source[1:] -= 0.3  # repetitions that the fault lacks must not count
+    same = {"full": around(0.8, 3), "adapter": around(0.8, 4)}
+    clean = table(source=source, zero=zero, **same)
+    faulty = results.Setting((clean, "source"), (table(zero=zero[:1] - 0.1), "zero"), (clean, "full"), (clean, "adapter"))
+    found = results.effect("permuted", faulty, setting(clean))
+    assert found.drop.mean == pytest.approx(source[0].mean() - zero[0].mean() + 0.1)
+    assert found.drop_change.mean == pytest.approx(0.1) and found.drop.seeds == 1
+    assert found.gap_change.mean == 0
 
 
 def test_differences_are_one_holm_family_and_paired_by_repetition():
