@@ -60,11 +60,11 @@ def boxes(table: Table, arms: Sequence[str]) -> Figure:
 def effects(found: Sequence[Effect]) -> Figure:
     """What every fault adds to the drop, and to the gap between adapter and full fine-tuning, with intervals."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.2, 0.32 * len(found) + 1.1), layout="constrained")
+        figure = Figure(figsize=(8.2, 0.32 * len(found) + 1.3), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, of, title in zip(
             panels, (lambda e: e.drop_change, lambda e: e.gap_change),
-            ("change of the drop, source to target", "change of adapter − full"), strict=True,
+            ("change of the drop,\nsource − target", "change of\nadapter − full"), strict=True,
         ):  # fmt: skip
             changes = [of(effect) for effect in found]
             means = np.array([c.mean for c in changes])
@@ -138,7 +138,8 @@ def learning_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]])
         figure = Figure(figsize=(8.2, 3.8), layout="constrained")
         axes = figure.add_subplot()
         for number, (arm, (steps, losses)) in enumerate(curves.items()):
-            axes.plot(steps, losses, label=arm, markersize=3, linewidth=1.2, **_style(number))
+            line = "-" if number < len(COLOURS) else "--"
+            axes.plot(steps, losses, label=arm, markersize=3, linewidth=1.2, linestyle=line, **_style(number))
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)

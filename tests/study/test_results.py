@@ -73,7 +73,8 @@ def test_a_fault_that_leaves_the_source_as_it_is_takes_the_repetitions_that_all_
     source[1:] -= 0.3  # repetitions that the fault lacks must not count
     same = {"full": around(0.8, 3), "adapter": around(0.8, 4)}
     clean = table(source=source, zero=zero, **same)
-    faulty = results.Setting((clean, "source"), (table(zero=zero[:1] - 0.1), "zero"), (clean, "full"), (clean, "adapter"))
+    permuted = table(zero=zero[:1] - 0.1)
+    faulty = results.Setting((clean, "source"), (permuted, "zero"), (clean, "full"), (clean, "adapter"))
     found = results.effect("permuted", faulty, setting(clean))
     assert found.drop.mean == pytest.approx(source[0].mean() - zero[0].mean() + 0.1)
     assert found.drop_change.mean == pytest.approx(0.1) and found.drop.seeds == 1
