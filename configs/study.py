@@ -99,7 +99,9 @@ def _recipes() -> ConfigDict:
 
 
 def _simulated(c: ConfigDict) -> None:
-    """Sized for two free cores (half an hour): 8 channels, 32^3 patches of 3 mm voxels, 12 target cases to train on. Only the trials validate; everything else takes the last step's network.
+    """Sized for two free cores (half an hour): 8 channels, 32^3 patches of 3 mm voxels, 12 target cases to train on.
+
+    Only the trials validate; everything else takes the last step's network.
     """
     c.steps_per_process = 20
     c.arms = ARMS  # the legacy adapters are an ablation here
