@@ -164,7 +164,8 @@ def test_one_changed_bit_is_found(saved):
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("{", "not valid JSON"), ("[]", "not the description"), ('{"format": "other"}', "not the description"),
+    [("{", "not valid JSON"), ("[" * 100_000, "not valid JSON"), ("[]", "not the description"),
+     ('{"format": "other"}', "not the description"),
      ('{"format": "mednext_jax.model", "format_version": 1}', "does not describe a model"),
      ('{"format": "mednext_jax.model", "format_version": 2}', "has format version 2, this program reads 1")],
 )  # fmt: skip
@@ -178,7 +179,10 @@ def test_damaged_or_foreign_description_is_refused(saved, text, line):
     ("change", "line"),
     [({"output": "logits"}, "output is 'logits'"), ({"regions": {"WT": []}}, "at least one label value"),
      ({"regions": [1]}, "does not describe"), ({"channels": ["t1n"]}, "takes 4 channels, but 1 are named"),
-     ({"output": "labels"}, "has 3 outputs"), ({"kwargs": {"pickle": 1}}, "do not fit MedNeXt")],
+     ({"output": "labels"}, "has 3 outputs"), ({"kwargs": {"pickle": 1}}, "do not fit MedNeXt"),
+     ({"kwargs": {"n_channels": 2**40}}, "n_channels is 1099511627776: from 1 to 4096 is possible"),
+     ({"kwargs": {"block_counts": [10**9] * 9}}, "from 0 to 1024 is possible"),
+     ({"kwargs": {"kernel_size": 10**6 + 1}}, "from 1 to 99 is possible")],
 )  # fmt: skip
 def test_description_that_does_not_fit_is_refused(saved, change, line):
     edit(saved, **change)

@@ -1,7 +1,7 @@
 """What a method costs: parameters, file, arithmetic, and on request memory and time of a training step."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,15 +105,27 @@ def training_step(model: Any):
     return step, transform
 
 
+def step_of(method: Method, model: Any, x: jax.ShapeDtypeStruct) -> tuple[Callable, tuple]:
+    """The method's :func:`training_step` on a network without adapters, and the shapes of its arguments."""
+    adapted = model.clone(adapters=method.adapters)
+    trainable, frozen = rules.split(parameter_shapes(adapted), method.rule)
+    step, transform = training_step(adapted)
+    return step, (trainable, jax.eval_shape(transform.init, trainable), frozen, x)
+
+
+def compile_step(step: Callable, arguments: tuple) -> jax.stages.Compiled:
+    """The step as a run compiles it: parameters and optimizer state are updated in place."""
+    return jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+
+
 def _cost(method: Method, model: Any, x: jax.ShapeDtypeStruct, compiled: bool, timed_steps: int) -> Cost:
     adapted = model.clone(adapters=method.adapters)
     params = parameter_shapes(adapted)
-    trainable, frozen = rules.split(params, method.rule)
-    step, transform = training_step(adapted)
-    arguments = (trainable, jax.eval_shape(transform.init, trainable), frozen, x)
+    step, arguments = step_of(method, model, x)
+    trainable = arguments[0]
     memory = seconds = None
     if compiled:
-        program = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+        program = compile_step(step, arguments)
         memory = program.memory_analysis().temp_size_in_bytes
         seconds = _time(program, arguments, timed_steps) if timed_steps else None
     return Cost(

@@ -180,6 +180,17 @@ def test_bad_cases_stop_the_run_and_keep_the_good_ones(raw_case, tmp_path):
     assert make(tmp_path, skip_bad=True).case_ids == ["BraTS-SSA-00001-000"]
 
 
+def test_pipe_or_endless_device_among_the_scans_is_a_problem_of_that_case(raw_case, tmp_path):
+    first = raw_case("BraTS-SSA-00001-000")["t1n"]
+    second = raw_case("BraTS-SSA-00002-000")["t2f"]
+    first.unlink()
+    os.mkfifo(first)  # nobody will ever write to it
+    second.unlink()
+    second.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"2 problems; .*BraTS-SSA-00001-000: .*BraTS-SSA-00002-000: "):
+        make(tmp_path)
+
+
 def test_problem_of_names_stops_before_any_work(raw_case, tmp_path):
     raw_case("BraTS-SSA-00001-000", t1c=None)
     with pytest.raises(ValueError, match="missing modality"):

@@ -47,3 +47,20 @@ def test_a_folder_below_a_file_is_such_an_error(tmp_path, place):
     with pytest.raises(OSError) as error:
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
     assert "a file where a folder is needed" in command.one_line(error.value)
+
+
+@pytest.mark.parametrize("error", [
+    SystemError("in a config"), RecursionError("in a config"), IndexError("in a config"), AssertionError("in a config"),
+    ValueError("Traceback of a config file:\n  File x\nNameError: in a config"), KeyboardInterrupt,
+], ids=repr)  # fmt: skip
+def test_whatever_a_config_raises_is_one_line(error, monkeypatch, capsys):
+    def read(argv):
+        raise error
+
+    monkeypatch.setattr(command.flags, "FLAGS", read)
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else SystemExit) as end:
+        command.parse_flags(["train.py", "--config=x.py"])
+    if error is not KeyboardInterrupt:
+        assert end.value.code == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: ") and shown.endswith("in a config\n") and shown.count("\n") == 1

@@ -118,6 +118,8 @@ def edit(**fields):
         ("adapter_model.safetensors", lambda file: file.write_bytes(b"\x80\x04pickle"), "is damaged or truncated"),
         ("adapter_config.json", truncate, "is not valid JSON"),
         ("adapter_config.json", lambda file: file.write_bytes(b"\xff\xfe\x00"), "is not valid JSON"),
+        ("adapter_config.json", lambda file: file.write_text("[" * 100_000), "is not valid JSON"),
+        ("adapter_config.json", edit(options={"lora": {"targets": "(" * 5000}}), "does not describe a method"),
         ("adapter_config.json", lambda file: file.write_text("[1]"), "is not the configuration of a"),
         ("adapter_config.json", edit(format_version=2), "has format version 2, this program reads 1"),
         ("adapter_config.json", edit(tensors_hash=""), "does not have the hash"),
