@@ -21,15 +21,7 @@ from mednext_jax.train.preemption import Interrupted
 
 # Reads until the parent closes the pipe, by "q" or by its death; own session: Ctrl-C is not for it.
 WITNESS = "import sys; sys.stdin.read() == 'q' or print(sys.argv[1], file=sys.stderr, flush=True)"
-LOST_SIGNS = ("Gloo", "NCCL", "coordination", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
 REMEDY = "start the same command again, on all machines: it goes on from the last checkpoint"
-
-
-def lost_another(error: BaseException) -> bool:
-    """Whether an error says that the network to another process broke, not that something is wrong here."""
-    return isinstance(error, jax.errors.JaxRuntimeError | ValueError) and any(
-        sign in str(error) for sign in LOST_SIGNS
-    )
 
 
 @contextmanager
@@ -55,10 +47,10 @@ def joined(coordinator: str, process_count: int, process_id: int) -> Iterator[No
         jax.distributed.shutdown()
         raise
     except Exception as error:
-        if command.DEBUG.value or not (lost_another(error) or isinstance(error, command.USER_ERRORS)):
+        if command.DEBUG.value or not (devices.lost_another(error) or isinstance(error, command.USER_ERRORS)):
             traceback.print_exc()
         line = command.one_line(error)[:300]
-        if lost_another(error):
+        if devices.lost_another(error):
             line = f"lost another process ({line}): {REMEDY}"
         print(f"error: {who}: {line}", file=sys.stderr, flush=True)
         witness.communicate(b"q")

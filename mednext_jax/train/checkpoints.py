@@ -235,6 +235,6 @@ class _Writing:
         pass
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, Exception) and not isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, Exception) and not devices.lost_another(error):
             first_line = (str(error).splitlines() or [""])[0][:200]
             raise OSError(f"{self.message} ({first_line}): check free space and permissions") from error

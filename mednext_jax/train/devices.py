@@ -20,6 +20,7 @@ DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 JOIN_SECONDS = 300  # longest wait for all processes to be there
 MEET_SECONDS = 1800  # longest wait for the slowest to compile, or to validate its cases
 HEARTBEAT_SECONDS = 60  # a process that was silent for so long is lost
+LOST_SIGNS = ("Gloo", "NCCL", "coordination", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
 
 
 def join_processes(coordinator: str = "", process_count: int = 0, process_id: int = -1) -> None:
@@ -50,6 +51,16 @@ def join_processes(coordinator: str = "", process_count: int = 0, process_id: in
             f"the processes of this run did not find each other ({first_line}): start as many as asked for, "
             "within five minutes, and check that the first one's host and port can be reached"
         ) from error
+
+
+def lost_another(error: BaseException | None) -> bool:
+    """Whether an error says that the network to another process broke, not that something is wrong here.
+
+    Orbax's threads hand JAX's error on as a ValueError.
+    """
+    return isinstance(error, jax.errors.JaxRuntimeError | ValueError) and any(
+        sign in str(error) for sign in LOST_SIGNS
+    )
 
 
 def meet(name: str) -> None:

@@ -193,3 +193,15 @@ def test_folder_that_can_not_be_used_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="choose another --workdir"):
         Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_write_that_failed_for_a_lost_process_does_not_blame_the_disk(tmp_path):
+    """Orbax's threads hand what the network raised on as a ValueError."""
+    saving = Checkpoints(tmp_path / "checkpoints")
+    lost = ValueError("UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:47325: Connection reset by peer")
+    with pytest.raises(ValueError, match="^UNKNOWN: Gloo"), saving._writing(4):
+        raise lost
+    with pytest.raises(OSError, match=r"checkpoints/4 could not be written \(no room\): check free space"):
+        with saving._writing(4):
+            raise ValueError("no room")
+    saving.close()
