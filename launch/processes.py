@@ -6,6 +6,7 @@ and no way to say anything. So a small witness, a child process that only waits 
 last word.
 """
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def joined(coordinator: str, process_count: int, process_id: int) -> Iterator[No
     witness = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", WITNESS, fate], stdin=subprocess.PIPE, start_new_session=True
     )
+    faulthandler.disable()  # absl turned it on; JAX's client aborts when another is lost, and our stack says nothing
     try:
         yield
         jax.distributed.shutdown()  # waits for the others, who may still write their results

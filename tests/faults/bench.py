@@ -74,11 +74,16 @@ class Outcome:
     peak_bytes: int = 0
 
     @property
-    def clean(self) -> bool:
-        """Whether it is a refusal as it should be: code 1, a line that starts with "error:", no traceback."""
+    def told(self) -> bool:
+        """Whether the last line says what was wrong, without a traceback or a dump of the interpreter's stack."""
         lines = self.errors.strip().splitlines()
-        told = bool(lines) and lines[-1].startswith("error: ")
-        return self.code == 1 and told and "Traceback" not in self.errors + self.output
+        said = bool(lines) and lines[-1].startswith("error: ")
+        return said and not any(dump in self.errors + self.output for dump in ("Traceback", "Fatal Python error"))
+
+    @property
+    def clean(self) -> bool:
+        """Whether it is a refusal as it should be: code 1 and :attr:`told`."""
+        return self.code == 1 and self.told
 
 
 class Command:
