@@ -7,6 +7,7 @@ last word.
 """
 
 import faulthandler
+import logging
 import os
 import subprocess
 import sys
@@ -25,6 +26,11 @@ WITNESS = "import sys; sys.stdin.read() == 'q' or print(sys.argv[1], file=sys.st
 REMEDY = "start the same command again, on all machines: it goes on from the last checkpoint"
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the traceback that a thread of Orbax logs when another process is lost: it is told in one line."""
+    return not (record.exc_info and devices.lost_another(record.exc_info[1]))
+
+
 @contextmanager
 def joined(coordinator: str, process_count: int, process_id: int) -> Iterator[None]:
     """Joins the processes of this run, if there are several, until the block ends; see ``devices``.
@@ -41,6 +47,7 @@ def joined(coordinator: str, process_count: int, process_id: int) -> Iterator[No
     witness = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", WITNESS, fate], stdin=subprocess.PIPE, start_new_session=True
     )
+    logging.getLogger("absl").addFilter(_is_news)
     faulthandler.disable()  # absl turned it on; JAX's client aborts when another is lost, and our stack says nothing
     try:
         yield

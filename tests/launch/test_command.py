@@ -1,6 +1,7 @@
 """What every launcher tells of an error: one line with the path and the remedy."""
 
 import errno
+import logging
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 import command  # noqa: E402
+import processes  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -64,3 +66,14 @@ def test_whatever_a_config_raises_is_one_line(error, monkeypatch, capsys):
         assert end.value.code == 1
         shown = capsys.readouterr().err
         assert shown.startswith("error: ") and shown.endswith("in a config\n") and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("error, told", [
+    (jax.errors.JaxRuntimeError("INTERNAL: Barrier failed: UNAVAILABLE: Task 1 heartbeat timeout"), False),
+    (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), False),
+    (ValueError("a fault of ours"), True), (OSError(errno.ENOSPC, "no room"), True), (None, True),
+], ids=repr)  # fmt: skip
+def test_traceback_of_a_thread_is_dropped_only_where_another_process_was_lost(error, told):
+    exc_info = (type(error), error, None) if error else None
+    record = logging.LogRecord("absl", logging.ERROR, "async_checkpointer.py", 264, "failed", (), exc_info)
+    assert processes._is_news(record) is told
