@@ -82,7 +82,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         text = str(error).strip() or type(error).__name__
         if isinstance(error, AttributeError):  # ml_collections, of a field that is not there
             cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
-            text = f"the config has no field {one_line(cause)}; configs/default.py lists them"
+            name = one_line(cause).replace(" Did you mean", ", did you mean")  # ml_collections makes it a sentence
+            text = f"the config has no field {name.rstrip('?')}; configs/default.py lists them"
         elif "Traceback" in text:  # an error inside a config file: its last line says what
             text = f"{text.splitlines()[0]} {text.splitlines()[-1]}"
         print(f"error: {' '.join(text.split())}", file=sys.stderr)

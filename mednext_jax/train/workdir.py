@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -44,6 +45,7 @@ class Lock:
     """Makes this process the only one that trains in ``workdir``, until :meth:`release` or its end."""
 
     def __init__(self, workdir: Path):
+        self._workdir, self._is_new = workdir, not workdir.exists()
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             self._file = open(workdir / LOCK_FILE, "w")  # noqa: SIM115 (held open)
@@ -60,7 +62,9 @@ class Lock:
             ) from None
 
     def release(self) -> None:
-        """Lets others in."""
+        """Lets others in. Of a run that was refused before it wrote anything, no new folder stays."""
+        if self._is_new and all(path.is_dir() or path.name == LOCK_FILE for path in self._workdir.rglob("*")):
+            shutil.rmtree(self._workdir, ignore_errors=True)
         self._file.close()
 
 

@@ -294,6 +294,13 @@ def test_permuted_channels_are_refused(straight, config, open_data, tmp_path):
         loop.fit(config, open_data(config, channels=("t1c", "t1n", "t2w", "t2f")), tmp_path)
 
 
+def test_refused_run_leaves_no_folder_behind(config, open_data, tmp_path):
+    config.peft.method = "lorra"
+    with pytest.raises(ValueError, match="unknown method 'lorra'"):
+        loop.fit(config, open_data(config), tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_second_process_in_the_same_workdir_is_refused(config, open_data, tmp_path):
     lock = loop.workdir.Lock(tmp_path)
     with pytest.raises(OSError, match="another process is training"):
