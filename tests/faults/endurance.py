@@ -64,7 +64,8 @@ def last_step(workdir: Path) -> int:
 
 
 def watch(flags: tuple[str, ...], workdir: Path, early: int, steps: int) -> dict[str, dict]:
-    """Trains ``steps`` steps; what was held at step ``early`` and at the last log line before the end.
+    """Trains ``steps`` steps; what was held at step ``early``, at ten times that, and at the last log line before the
+    end. At the first look the memory of compiling is not yet given back.
 
     A validation and a checkpoint come every ``early * 0.9`` steps, so that both have happened before the first look.
     """
@@ -75,7 +76,7 @@ def watch(flags: tuple[str, ...], workdir: Path, early: int, steps: int) -> dict
     )  # fmt: skip
     seen = {}
     with bench.Command("train.py", *flags, log=workdir.with_suffix(".log")) as command:
-        for name, step in (("early", early), ("late", steps - 10)):
+        for name, step in (("early", early), ("middle", 10 * early), ("late", steps - 10)):
             if not command.wait_for(lambda step=step: last_step(workdir) >= step, seconds=3600):
                 raise RuntimeError(f"ended before step {step}: {command.read('.err')[-500:]}")
             seen[name] = asdict(measure(command.pid, last_step(workdir)))
@@ -86,8 +87,9 @@ def watch(flags: tuple[str, ...], workdir: Path, early: int, steps: int) -> dict
 
 
 def growth(seen: dict[str, dict], what: str) -> list[str]:
-    """Faults: what grew between the two looks by more than the noise of an allocator."""
-    early, late = seen["early"], seen["late"]
+    """Faults: what was more at the last look than at any before, by more than the noise of an allocator."""
+    *before, late = seen.values()
+    early = {name: min(look[name] for look in before) for name in late}
     limits = {"memory_mib": 0.1 * early["memory_mib"], "shared_mib": 1.0, "open_files": 0, "segments": 0}
     return [
         f"{what}: {name} grew from {early[name]:.1f} to {late[name]:.1f}"

@@ -104,6 +104,9 @@ def test_bench_notices_growth_and_different_runs(tmp_path):
     early = {"step": 100, "memory_mib": 300.0, "shared_mib": 0.0, "open_files": 40, "segments": 0}
     assert endurance.growth({"early": early, "late": early | {"memory_mib": 310.0}}, "run") == []
     late = early | {"memory_mib": 400.0, "open_files": 41}
+    compiling = early | {"memory_mib": 700.0}  # must not hide what grows later
+    looks = {"early": compiling, "middle": early, "late": early | {"memory_mib": 340.0}}
+    assert endurance.growth(looks, "run") == ["run: memory_mib grew from 300.0 to 340.0"]
     assert [fault.split()[1] for fault in endurance.growth({"early": early, "late": late}, "run")] == [
         "memory_mib", "open_files",
     ]  # fmt: skip
