@@ -87,9 +87,13 @@ def watch(flags: tuple[str, ...], workdir: Path, early: int, steps: int) -> dict
 
 
 def growth(seen: dict[str, dict], what: str) -> list[str]:
-    """Faults: what was more at the last look than at any before, by more than the noise of an allocator."""
+    """Faults: what was more at the last look than before.
+
+    Memory than at any look, by more than the noise of an allocator: the first one holds that of compiling. Files and
+    segments than at every look: batches on their way between processes come and go.
+    """
     *before, late = seen.values()
-    early = {name: min(look[name] for look in before) for name in late}
+    early = {name: (min if name == "memory_mib" else max)(look[name] for look in before) for name in late}
     limits = {"memory_mib": 0.1 * early["memory_mib"], "shared_mib": 1.0, "open_files": 0, "segments": 0}
     return [
         f"{what}: {name} grew from {early[name]:.1f} to {late[name]:.1f}"
