@@ -133,6 +133,7 @@ def export_model() -> None:
 
 
 def main(_) -> None:
+    """Converts one file or model directory; ValueError or OSError, told in one line, where it cannot."""
     if not (INPUT.value and OUTPUT.value):
         raise ValueError("give --input=CHECKPOINT --output=DIRECTORY, or --input=MODEL --output=FILE.safetensors")
     if Path(INPUT.value).is_dir():

@@ -150,6 +150,7 @@ def print_result(evaluation: cohort.Evaluation, result: summary.Summary) -> None
 
 
 def main(_) -> int:
+    """Scores every --predictions against the references; returns the exit code."""
     workers = WORKERS.value or os.cpu_count() or 1
     settings = measure.Settings(
         parse_regions(REGIONS.value) if REGIONS.value else labels.REGIONS,

@@ -18,6 +18,7 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute 
 
 
 def main(_) -> None:
+    """Writes the exported program; ValueError or OSError, told in one line, where it cannot."""
     sizes = PATCH_VOXELS.value or []
     if not all(size.isdecimal() for size in sizes) or len(sizes) not in (0, 3):
         raise ValueError(f"--patch_voxels={','.join(sizes)}: give three sizes, like 128,128,128")

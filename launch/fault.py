@@ -18,6 +18,7 @@ VOXELS = flags.DEFINE_list("voxels", ["64", "64", "64"], "Size of squeezed volum
 
 
 def main(_) -> None:
+    """Writes the faulty store; ValueError or OSError, told in one line, where it cannot."""
     if FAULT.value == "permuted_channels":
         faults.permute_channels(INPUT.value, OUTPUT.value)
     else:

@@ -75,6 +75,7 @@ def sizes(text: list[str] | None) -> tuple[int, ...] | None:
 
 
 def main(_) -> int:
+    """Segments every case of --input; returns the exit code, 1 if a case failed."""
     patch = sizes(PATCH_VOXELS.value)
     import jax  # only now: it reads the compilation cache's place when it is imported
     import prediction

@@ -44,6 +44,7 @@ def check() -> int:
 
 
 def main(_) -> int:
+    """Makes or checks a store; returns the exit code, 1 if there are problems."""
     if CHECK_ONLY.value:
         return check()
     if not OUTPUT.value:

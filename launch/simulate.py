@@ -43,6 +43,7 @@ def draw(path: str) -> None:
 
 
 def main(_) -> None:
+    """Writes the simulated cohort, its picture, or both."""
     if not (OUTPUT.value or MONTAGE.value):
         raise ValueError("nothing to do: give --output=FOLDER for cohorts or --montage=FILE.png for a picture")
     if OUTPUT.value:

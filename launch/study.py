@@ -166,6 +166,7 @@ def _on_signal(number, frame) -> None:
 
 
 def main(_) -> int:
+    """Goes on with the study; returns the exit code, 1 if a step failed or --expected does not agree."""
     config = CONFIG.value
     if config is None or not (WORKDIR.value or DRY_RUN.value):
         raise ValueError("give --config=configs/study.py:demo (or :simulated, or :real) and --workdir=FOLDER")

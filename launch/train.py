@@ -59,6 +59,7 @@ def run(config, workdir: str) -> dict:
 
 
 def main(_) -> int:
+    """Trains, or shows what a run would cost; returns the exit code of the module's docstring."""
     logging.set_verbosity(logging.ERROR)  # Orbax reports every file it opens
     config = CONFIG.value
     if config is None:
