@@ -176,7 +176,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Runs one sub-command and prints its table; ValueError or OSError, told in one line, for options that do not fit."""
+    """Runs one sub-command and prints its table; ValueError or OSError for options that do not fit."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a card
     found = options.run(options)
     from benchmarks import timing
