@@ -54,16 +54,22 @@ def fit(model: Any, adapters: tuple, rule: rules.Rule) -> tuple[Any, dict[str, A
 
 
 def draw(model: Any, key: Any, wanted: set[str]) -> dict[str, jax.Array]:
-    """The initial values of the ``wanted`` paths; the compiler drops all else that ``init`` does."""
+    """The initial values of the ``wanted`` paths.
+
+    The network itself is only traced; what depends on the key alone is computed on the way, so nothing is compiled
+    for it (a program that draws MedNeXt-S takes longer to compile than most of what it is then trained with).
+    """
     if not wanted:
         return {}
+    drawn = {}
 
-    def values(key):
-        x = jnp.zeros((1, *(DIVISOR,) * int(model.dim[0]), model.in_channels))
-        flat = paths.flatten(model.init(key, x)["params"])
-        return {path: flat[path] for path in sorted(wanted)}
+    def network(x):
+        with jax.ensure_compile_time_eval():
+            drawn.update(paths.flatten(model.init(key, x)["params"]))
 
-    return jax.jit(values)(key)
+    x = jax.ShapeDtypeStruct((1, *(DIVISOR,) * int(model.dim[0]), model.in_channels), jnp.float32)
+    jax.eval_shape(network, x)
+    return {path: drawn[path] for path in sorted(wanted)}
 
 
 @functools.cache
