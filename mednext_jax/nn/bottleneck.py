@@ -1,5 +1,7 @@
 """The inverted bottleneck that every MedNeXt block is: depthwise convolution, norm, expansion, GELU, compression."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 from jax import Array
@@ -11,13 +13,14 @@ from mednext_jax.nn.layers import (
     Norm,
     Weights,
     channel_norm,
+    effective_depthwise_kernel,
     gelu,
     layer_norm,
     pointwise,
     response_norm,
     spatial_conv,
 )
-from mednext_jax.nn.voxelwise import add_voxelwise, channel_statistics
+from mednext_jax.nn.voxelwise import Before, add_convolved_voxelwise, add_voxelwise, channel_statistics
 
 NORMS = ("group", "layer")
 
@@ -44,6 +47,7 @@ class InvertedBottleneck(nn.Module):
       adapters: adapters of the network; those aimed at this module or its layers are hosted here.
       zero: conv3 starts at zero (for a block that serves as adapter).
       remat: "none" stores what autodiff asks for, anything else recomputes the second half.
+      shares_input: something beside the block keeps its input as well, so conv1 is recomputed from it.
     """
 
     out_channels: int
@@ -56,6 +60,7 @@ class InvertedBottleneck(nn.Module):
     adapters: tuple[Adapter, ...] = ()
     zero: bool = False
     remat: str = "mlp"
+    shares_input: bool = False
 
     @nn.compact
     def __call__(self, x: Array, onto: Array | None = None) -> Array:
@@ -77,13 +82,26 @@ class InvertedBottleneck(nn.Module):
             width = (self.exp_r * channels,)
             grn = (self.param("grn_gamma", nn.initializers.zeros, width),
                    self.param("grn_beta", nn.initializers.zeros, width))  # fmt: skip
+        adapters = at_site(self.adapters, self.path, "module", "convolution")
+        slabwise = self.remat != "none" and self.norm_type == "group" and grn is None
+        if slabwise and groups == channels and conv1.ssf is None and not adapters:
+            beside = any(a.placement == "parallel" for a in at_site(self.adapters, self.path, "module"))
+            before = Before(self.mode, self.shares_input or beside)
+            return add_convolved_voxelwise(
+                _mlp, self.exp_r * channels, before, x, onto, effective_depthwise_kernel(conv1), conv1.bias, norm,
+                (expand, compress),
+            )  # fmt: skip
         y = spatial_conv(x, conv1, groups, 2 if self.mode == "down" else 1, self.mode == "up")
-        y = self._convolution_adapters(x, y)
-        return self._second_half(y, onto, norm, expand, compress, grn)
+        y = self._convolution_adapters(adapters, x, y)
+        if slabwise:
+            return add_voxelwise(_mlp, self.exp_r * channels, y, onto, norm, (expand, compress))
+        run = _plain_second_half if self.remat == "none" else jax.checkpoint(_plain_second_half, static_argnums=5)
+        out = run(y, norm, expand, compress, grn, self.norm_type)
+        return out if onto is None else onto + out
 
-    def _convolution_adapters(self, x: Array, y: Array) -> Array:
+    def _convolution_adapters(self, adapters: Sequence[Adapter], x: Array, y: Array) -> Array:
         base = y
-        for adapter in at_site(self.adapters, self.path, "module", "convolution"):
+        for adapter in adapters:
             if adapter.kind != "conv":
                 raise ValueError(f"{adapter.kind} adapters cannot sit at position 'convolution' of {self.path}")
             sizes = (adapter.kernel_size or self.kernel_size,) * (x.ndim - 2)
@@ -91,16 +109,6 @@ class InvertedBottleneck(nn.Module):
             module = ConvAdapter(y.shape[-1], adapter.gamma, sizes, mode, adapter.scale, name=adapter.name)
             y = module(x if adapter.placement == "parallel" else base, y)
         return y
-
-    def _second_half(
-        self, y: Array, onto: Array | None, norm: Weights, expand: Weights, compress: Weights, grn
-    ) -> Array:
-        """``onto`` + norm, expansion, GELU, response norm and compression of ``y``."""
-        if self.remat != "none" and self.norm_type == "group" and grn is None:
-            return add_voxelwise(_mlp, self.exp_r * y.shape[-1], y, onto, norm, (expand, compress))
-        run = _plain_second_half if self.remat == "none" else jax.checkpoint(_plain_second_half, static_argnums=5)
-        out = run(y, norm, expand, compress, grn, self.norm_type)
-        return out if onto is None else onto + out
 
 
 def _mlp(n: Array, layers: tuple[Weights, Weights]) -> Array:

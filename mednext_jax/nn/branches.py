@@ -8,18 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mednext_jax.nn import depthwise
 from mednext_jax.nn.layers import Conv, Weights, gelu, pointwise
-from mednext_jax.nn.voxelwise import add_voxelwise
-
-MODES = ("same", "down", "up")  # what a module does to the size: n, ceil(n / 2), 2n - 1
-
-
-def depthwise_by_mode(x: Array, kernel: Array, mode: str) -> Array:
-    """The depthwise convolution that keeps, halves or doubles the size."""
-    if mode == "up":
-        return depthwise.depthwise_conv_transpose(x, kernel)
-    return depthwise.depthwise_conv(x, kernel, 2 if mode == "down" else 1)
+from mednext_jax.nn.voxelwise import Before, add_convolved_voxelwise
 
 
 class ConvAdapter(nn.Module):
@@ -60,20 +50,21 @@ class ConvAdapter(nn.Module):
                              f"{'/'.join(self.path)}")
         hidden = channels // self.gamma
         down = _GroupedDown(hidden, self.sizes, name="down")(channels)
-        h = depthwise_by_mode(x, down[0], self.mode)
-        # Each group's sum as a product with a matrix of zeros and ones: into a reduction, XLA on CPU would fuse the
-        # convolution's additions but not its shifts, and keep an array per kernel tap (72 instead of 26 full-size
-        # ones in a step of two blocks at 64^3, and half as fast).
-        h = h @ jnp.repeat(jnp.eye(hidden, dtype=h.dtype), self.gamma, axis=0) + down[1].astype(h.dtype)
+        # Each group's sum as a product with a matrix of zeros and ones, which XLA on CPU does fastest.
+        grouping = jnp.repeat(jnp.eye(hidden, dtype=x.dtype), self.gamma, axis=0)
         up = Conv(self.features, (1,) * len(self.sizes), zero=True, name="up")(hidden)
         scale = self.param("scale", nn.initializers.ones, (self.features,)) if self.learnable_scale else None
-        return add_voxelwise(_upper_half, self.features, h, onto, None, (up, scale))
+        width = max(channels, self.features)
+        weights = grouping, down[1], up, scale
+        return add_convolved_voxelwise(
+            _grouped_bottleneck, width, Before(self.mode, recompute=True), x, onto, down[0], None, None, weights
+        )
 
 
-def _upper_half(h: Array, weights: tuple[Weights, Array | None]) -> Array:
-    up, scale = weights
-    y = pointwise(gelu(h), up)
-    return y if scale is None else y * scale.astype(y.dtype)
+def _grouped_bottleneck(y: Array, weights: tuple[Array, Array, Weights, Array | None]) -> Array:
+    grouping, bias, up, scale = weights
+    out = pointwise(gelu(y @ grouping + bias.astype(y.dtype)), up)
+    return out if scale is None else out * scale.astype(out.dtype)
 
 
 class _GroupedDown(nn.Module):

@@ -25,10 +25,12 @@ import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
+from mednext_jax.nn.slabs import not_before
 from mednext_jax.nn.tap_sums import tap_sums
-from mednext_jax.nn.windows import accumulator, every_tap, halved, padded_input, padded_like_rows, window
+from mednext_jax.nn.windows import accumulator, every_tap, margins, missing_rows, padded, window
 
 STRIDES = (1, 2)
+MODES = ("same", "down", "up")  # what the operation does to each size: n, ceil(n / 2), 2n - 1
 
 
 def depthwise_conv(x: Array, kernel: Array, stride: int = 1, bias: Array | None = None) -> Array:
@@ -47,7 +49,7 @@ def depthwise_conv(x: Array, kernel: Array, stride: int = 1, bias: Array | None 
     """
     if stride not in STRIDES:
         raise ValueError(f"depthwise_conv: stride must be 1 or 2, got {stride}")
-    return _conv(x, _checked_taps(x, kernel), bias, stride)
+    return _conv(MODES[stride - 1], x, checked_taps(x, kernel), bias)
 
 
 def depthwise_conv_transpose(x: Array, kernel: Array, bias: Array | None = None) -> Array:
@@ -64,10 +66,10 @@ def depthwise_conv_transpose(x: Array, kernel: Array, bias: Array | None = None)
     Raises:
       ValueError: for a kernel that does not fit ``x`` or has an even size.
     """
-    return _conv_transpose(x, _checked_taps(x, kernel), bias, tuple(2 * n - 1 for n in x.shape[1:-1]))
+    return _conv("up", x, checked_taps(x, kernel), bias)
 
 
-def _checked_taps(x: Array, kernel: Array) -> Array:
+def checked_taps(x: Array, kernel: Array) -> Array:
     """``kernel`` without its input-channel axis, (*k, C), after checking that it fits ``x``."""
     spatial = x.ndim - 2
     if spatial not in (2, 3):
@@ -83,7 +85,7 @@ def _checked_taps(x: Array, kernel: Array) -> Array:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """Which gradients are asked for, and the input's spatial sizes: known when the program is traced."""
 
     x: bool
@@ -92,74 +94,91 @@ class _Wanted:
     sizes: tuple[int, ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _conv(x: Array, taps: Array, bias: Array | None, stride: int) -> Array:
-    return _plus(_sum_of_shifts(padded_input(x, taps, stride), taps, halved(x, stride), stride), bias)
-
-
-def _conv_forward(x: Any, taps: Any, bias: Any, stride: int):
-    """Keeps the padded input alone, and that only if the kernel learns."""
-    wanted = _Wanted(x.perturbed, taps.perturbed, bias is not None and bias.perturbed, x.value.shape[1:-1])
-    padded = padded_input(x.value, taps.value, stride)
-    y = _sum_of_shifts(padded, taps.value, halved(x.value, stride), stride)
-    return _plus(y, bias and bias.value), (padded if wanted.taps else None, taps.value, wanted)
-
-
-def _conv_backward(stride: int, saved, g: Any):
-    padded, taps, wanted = saved
-    if isinstance(g, SymbolicZero):
-        return None, None, None
-    padded_g = padded_like_rows(g, taps)
-    dx = None
-    if wanted.x and stride == 1:
-        dx = _sum_of_shifts(padded_g, _mirrored(taps), wanted.sizes, 1)
-    elif wanted.x:
-        dx = _interleaved_phases(g, taps, wanted.sizes)
-    d_taps = tap_sums(padded, padded_g, taps, g.shape[1:-1], stride) if wanted.taps else None
-    return dx, d_taps, _bias_sum(padded_g, taps) if wanted.bias else None
-
-
-_conv.defvjp(_conv_forward, _conv_backward, symbolic_zeros=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _conv_transpose(x: Array, taps: Array, bias: Array | None, sizes: tuple[int, ...]) -> Array:
-    return _plus(_interleaved_phases(x, taps, sizes), bias)
-
-
-def _conv_transpose_forward(x: Any, taps: Any, bias: Any, sizes: tuple[int, ...]):
-    wanted = _Wanted(x.perturbed, taps.perturbed, bias is not None and bias.perturbed, x.value.shape[1:-1])
-    y = _plus(_interleaved_phases(x.value, taps.value, sizes), bias and bias.value)
-    return y, (x.value if wanted.taps else None, taps.value, wanted)
-
-
-def _conv_transpose_backward(sizes: tuple[int, ...], saved, g: Any):
-    x, taps, wanted = saved
-    if isinstance(g, SymbolicZero):
-        return None, None, None
-    padded_g = padded_input(g, taps, 2)
-    dx = _sum_of_shifts(padded_g, taps, wanted.sizes, 2) if wanted.x else None
-    d_taps = tap_sums(padded_g, padded_like_rows(x, taps), taps, wanted.sizes, 2) if wanted.taps else None
-    return dx, d_taps, _bias_sum(padded_g, taps) if wanted.bias else None
-
-
-_conv_transpose.defvjp(_conv_transpose_forward, _conv_transpose_backward, symbolic_zeros=True)
-
-
-def _plus(y: Array, bias: Array | None) -> Array:
+# The two passes are jitted so that each is traced once per shape: a network calls them for all its blocks.
+@functools.partial(jax.jit, static_argnums=0)
+def convolve(mode: str, x: Array, taps: Array, bias: Array | None) -> Array:
+    """The operation itself, without checks and without a derivative of its own; taps (*k, C)."""
+    out = out_sizes(mode, x.shape[1:-1])
+    seen = padded(x, margins(taps.shape[:-1]))
+    if mode == "up":
+        y = _interleaved_phases(seen, taps, x.shape[1:-1], out)
+    else:
+        y = _sum_of_shifts(seen, taps, out, _stride(mode))
     return y if bias is None else y + bias.astype(y.dtype)
 
 
-def _bias_sum(padded_g: Array, taps: Array) -> Array:
-    """Sum over batch and space; of the padded copy, which the other gradients read too."""
-    return padded_g.astype(accumulator(padded_g)).sum(tuple(range(padded_g.ndim - 1))).astype(taps.dtype)
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def gradients(
+    mode: str, x: Array | None, taps: Array, padded_g: Array, wanted: Wanted
+) -> tuple[Array | None, Array | None, Array | None]:
+    """The gradients of x, taps and bias, None for those that are not wanted.
+
+    Args:
+      x: the operation's input; needed for the taps' gradient alone.
+      padded_g: the gradient of its output, with :func:`margins_of_gradient` around it: one copy serves all three.
+    """
+    sizes, stride, out = taps.shape[:-1], _stride(mode), out_sizes(mode, wanted.sizes)
+    dx = d_taps = d_bias = None
+    if wanted.x and mode == "down":
+        dx = _interleaved_phases(padded_g, taps, out, wanted.sizes)
+    elif wanted.x:
+        dx = _sum_of_shifts(padded_g, _mirrored(taps) if mode == "same" else taps, wanted.sizes, stride)
+    if wanted.taps:
+        smaller = wanted.sizes if mode == "up" else out
+        rows = missing_rows(smaller[-2])
+        # Not before the gradient: XLA would find the forward pass's copy to be the same, and keep that.
+        seen = padded(not_before(x, padded_g), margins(sizes, rows if mode == "up" else stride * rows))
+        pair = (padded_g, seen) if mode == "up" else (seen, padded_g)
+        d_taps = tap_sums(*pair, taps, smaller, stride)
+    if wanted.bias:
+        d_bias = padded_g.astype(accumulator(padded_g)).sum(tuple(range(padded_g.ndim - 1))).astype(taps.dtype)
+    return dx, d_taps, d_bias
+
+
+def out_sizes(mode: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Spatial sizes after the operation."""
+    if mode == "up":
+        return tuple(2 * n - 1 for n in sizes)
+    return tuple((n - 1) // _stride(mode) + 1 for n in sizes)
+
+
+def margins_of_gradient(mode: str, taps: Array, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """The zeros that :func:`gradients` wants around the output's gradient of these spatial sizes."""
+    rows = 2 * missing_rows((sizes[-2] + 1) // 2) if mode == "up" else missing_rows(sizes[-2])
+    return margins(taps.shape[:-1], rows)
+
+
+def _stride(mode: str) -> int:
+    return 1 if mode == "same" else 2
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv(mode: str, x: Array, taps: Array, bias: Array | None) -> Array:
+    return convolve(mode, x, taps, bias)
+
+
+def _conv_forward(mode: str, x: Any, taps: Any, bias: Any):
+    """Keeps the input alone, and that only if the kernel learns."""
+    wanted = Wanted(x.perturbed, taps.perturbed, bias is not None and bias.perturbed, x.value.shape[1:-1])
+    y = convolve(mode, x.value, taps.value, bias and bias.value)
+    return y, (x.value if wanted.taps else None, taps.value, wanted)
+
+
+def _conv_backward(mode: str, saved: tuple, g: Any):
+    x, taps, wanted = saved
+    if isinstance(g, SymbolicZero):
+        return None, None, None
+    return gradients(mode, x, taps, padded(g, margins_of_gradient(mode, taps, g.shape[1:-1])), wanted)
+
+
+_conv.defvjp(_conv_forward, _conv_backward, symbolic_zeros=True)
 
 
 def _mirrored(taps: Array) -> Array:
     return jnp.flip(taps, tuple(range(taps.ndim - 1)))
 
 
-def _sum_of_shifts(padded: Array, taps: Array, out: Sequence[int], stride: int) -> Array:
+def _sum_of_shifts(padded: Array, taps: Array, out: tuple[int, ...], stride: int) -> Array:
     """The convolution of a padded array: one shifted product per tap, all in one fused pass."""
     dtype = accumulator(padded, taps)
     total = sum(
@@ -169,25 +188,26 @@ def _sum_of_shifts(padded: Array, taps: Array, out: Sequence[int], stride: int) 
     return total.astype(padded.dtype)
 
 
-def _interleaved_phases(x: Array, taps: Array, sizes: Sequence[int]) -> Array:
-    """The transposed stride-2 convolution, cut to ``sizes`` (each 2n - 1 or 2n).
+def _interleaved_phases(padded: Array, taps: Array, counts: Sequence[int], sizes: Sequence[int]) -> Array:
+    """The transposed stride-2 convolution of an array of spatial sizes ``counts``, cut to ``sizes`` (2n - 1 or 2n).
 
     Along one axis, output ``2 j + r`` is the sum over a of ``x[j + a] * taps[r + p - 2 a]`` with p = k // 2. Written
     with the two r as an axis of their own, that is an ordinary sum of few shifts whose result already lies
     interleaved: no zeros between the inputs, and no pass that puts the phases in place.
     """
-    dims, counts = len(sizes), x.shape[1:-1]
+    dims = len(sizes)
     reach = [range(-(k // 4), (k // 2 + 1) // 2 + 1) for k in taps.shape[:-1]]
-    dtype = accumulator(x, taps)
-    padded = jnp.pad(x, ((0, 0), *((-steps[0], steps[-1]) for steps in reach), (0, 0)))
+    dtype = accumulator(padded, taps)
     by_parity = _taps_by_parity(taps.astype(dtype), reach)  # (a..., r..., C)
     total = jnp.zeros((), dtype)
-    for start in every_tap([len(steps) for steps in reach]):
+    for step in every_tap([len(steps) for steps in reach]):
+        start = [k // 2 + steps[a] for k, steps, a in zip(taps.shape, reach, step, strict=False)]
         seen = jnp.expand_dims(window(padded, start, counts, 1).astype(dtype), [2 + 2 * d for d in range(dims)])
-        kernel = by_parity[start].reshape(*(size for _ in range(dims) for size in (1, 2)), -1)
+        kernel = by_parity[step].reshape(*(size for _ in range(dims) for size in (1, 2)), -1)
         total = total + seen * kernel  # (B, n0, 2, n1, 2, ..., C)
-    full = total.astype(x.dtype).reshape(x.shape[0], *(2 * n for n in counts), x.shape[-1])
-    return jax.lax.slice(full, (0,) * full.ndim, (x.shape[0], *sizes, x.shape[-1]))
+    batch, channels = padded.shape[0], padded.shape[-1]
+    full = total.astype(padded.dtype).reshape(batch, *(2 * n for n in counts), channels)
+    return jax.lax.slice(full, (0,) * full.ndim, (batch, *sizes, channels))
 
 
 def _taps_by_parity(taps: Array, reach: Sequence[range]) -> Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from mednext_jax.nn.adapters import Adapter
+from mednext_jax.nn.adapters import Adapter, at_site
 from mednext_jax.nn.blocks import (
     MedNeXtBlock,
     MedNeXtDownBlock,
@@ -67,12 +67,13 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         y = x
+        beside = any(adapter.placement == "parallel" for adapter in at_site(self.adapters, self.path, "module"))
         # nn.remat keeps the names: parameter paths do not depend on a memory option.
         block = nn.remat(MedNeXtBlock) if self.remat == "block" else MedNeXtBlock
         for i in range(self.blocks):
             y = block(
                 x.shape[-1], self.exp_r, self.kernel_size, self.norm_type, grn=self.grn, adapters=self.adapters,
-                remat=self.remat, do_res=self.do_res, dim=self.dim, name=str(i),
+                remat=self.remat, shares_input=beside and i == 0, do_res=self.do_res, dim=self.dim, name=str(i),
             )(y)  # fmt: skip
         return hosted(self, x, y)
 

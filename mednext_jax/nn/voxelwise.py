@@ -7,11 +7,15 @@ slab by slab along the first spatial axis, so that they never even reach memory;
 The norm in front of the function has its gradient in closed form: with ``n = x_hat * scale + bias`` and N voxels,
 ``dx = scale * rstd * (dn - sum(dn) / N - x_hat * sum(dn * x_hat) / N)``; both sums are the norm's own gradients and
 fall out of the loop that makes dn, so no further pass over memory is needed for them.
+
+A depthwise convolution in front of the norm can be part of the same operation. Its gradients then read what that loop
+wrote, which already has the zeros around it that they need, and its result may be computed again instead of kept.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,13 +23,27 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
+from mednext_jax.nn import depthwise
 from mednext_jax.nn.layers import EPSILON, Weights, channel_norm
-from mednext_jax.nn.slabs import cut, each_slab, put, thickness_of
+from mednext_jax.nn.slabs import Margins, cut, each_slab, not_before, put, room, thickness_of
 
 Statistics = tuple[Array, Array]  # mean and reciprocal standard deviation per sample and channel
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@dataclass(frozen=True)
+class Before:
+    """The depthwise convolution in front.
+
+    Attributes:
+      mode: what it does to the size, one of ``depthwise.MODES``.
+      recompute: its input is kept anyway, so its result is computed again for the backward pass. What doubles the
+        size always is: its result is eight times its input.
+    """
+
+    mode: str
+    recompute: bool = False
+
+
 def add_voxelwise(
     f: Callable[[Array, Any], Array], width: int, x: Array, onto: Array | None, norm: Weights | None, weights: Any
 ) -> Array:
@@ -40,78 +58,143 @@ def add_voxelwise(
       norm: of one channel per group, or None for none.
       weights: what f needs, differentiable; any tree of arrays.
     """
-    return _forward(f, width, x, onto, norm, weights)[0]
+    return _add(f, width, None, x, onto, None, norm, weights)
 
 
-def _forward(f: Callable, width: int, x: Array, onto: Array | None, norm: Weights | None, weights: Any):
-    statistics = None if norm is None else channel_statistics(x)
-    thickness = thickness_of(x, width)
+def add_convolved_voxelwise(
+    f: Callable[[Array, Any], Array], width: int, before: Before, x: Array, onto: Array | None, kernel: Array,
+    bias: Array | None, norm: Weights | None, weights: Any,
+) -> Array:  # fmt: skip
+    """``onto + f(norm(depthwise(x)), weights)``: what :func:`add_voxelwise` gives for the convolution's result.
+
+    Shapes: x (B, *n, C); kernel (*k, 1, C), bias (C,) or None; onto and the result (B, *out, width), out by the mode.
+
+    Raises:
+      ValueError: for a kernel that does not fit ``x`` or has an even size.
+    """
+    return _add(f, width, before, x, onto, (depthwise.checked_taps(x, kernel), bias), norm, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _add(
+    f: Callable, width: int, before: Before | None, x: Array, onto: Array | None, convolution: tuple | None,
+    norm: Weights | None, weights: Any,
+) -> Array:  # fmt: skip
+    return _forward(f, width, before, x, onto, convolution, norm, weights)[0]
+
+
+# Both passes are jitted so that they are traced once per shape, not once per block.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward(
+    f: Callable, width: int, before: Before | None, x: Array, onto: Array | None, convolution: tuple | None,
+    norm: Weights | None, weights: Any,
+) -> tuple[Array, Array, Statistics | None]:  # fmt: skip
+    """The result, what the norm saw, and its statistics."""
+    y = x if before is None else depthwise.convolve(before.mode, x, *convolution)
+    statistics = None if norm is None else channel_statistics(y)
+    thickness = thickness_of(y, width)
 
     def slab(i: Array, out: Array) -> Array:
-        here = f(_normed(cut(x, i, thickness), statistics, norm), weights)
+        here = f(_normed(cut(y, i, thickness), statistics, norm), weights)
         return put(out, here if onto is None else cut(out, i, thickness) + here, i, thickness)
 
     out = onto
     if onto is None:
-        out = jnp.zeros((*x.shape[:-1], jax.eval_shape(f, x[:, :1], weights).shape[-1]), x.dtype)
-    return each_slab(slab, x.shape[1] // thickness, out), statistics
+        out = jnp.zeros((*y.shape[:-1], jax.eval_shape(f, y[:, :1], weights).shape[-1]), y.dtype)
+    return each_slab(slab, y.shape[1] // thickness, out), y, statistics
 
 
-def _saving_forward(f: Callable, width: int, *arguments: Any) -> tuple[Array, tuple]:
+def _saving_forward(f: Callable, width: int, before: Before | None, x: Any, onto: Any, *parameters: Any):
     """The forward pass, told of every leaf whether it takes part in differentiation.
 
     What does and what does not is handed on by where None stands in two trees: structure, so it is static.
     """
 
     def values(keep: Callable[[Any], bool]) -> Any:
-        return jax.tree.map(lambda leaf: leaf.value if keep(leaf) else None, arguments, is_leaf=_is_primal)
+        return jax.tree.map(lambda leaf: leaf.value if keep(leaf) else None, parameters, is_leaf=_is_primal)
 
-    out, statistics = _forward(f, width, *values(lambda leaf: True))
-    x, onto, *wanted = values(lambda leaf: leaf.perturbed)
-    other_x, _, *others = values(lambda leaf: not leaf.perturbed)
-    onto = None if onto is None else jnp.zeros((0,), onto.dtype)  # only whether it is wanted
-    return out, ((x, onto, *wanted), (other_x, *others), statistics)
+    out, y, statistics = _forward(f, width, before, x.value, onto and onto.value, *values(lambda leaf: True))
+    learnt, frozen = values(lambda leaf: leaf.perturbed), values(lambda leaf: not leaf.perturbed)
+    taps, bias = learnt[0] or (None, None)
+    wanted = depthwise.Wanted(x.perturbed, taps is not None, bias is not None, x.value.shape[1:-1])
+    recompute = before is not None and (before.recompute or before.mode == "up")
+    kept_x = x.value if recompute or wanted.taps else None
+    return out, (wanted, kept_x, None if recompute else y, learnt, frozen, statistics, _mark(onto))
 
 
 def _is_primal(leaf: Any) -> bool:
     return hasattr(leaf, "perturbed")
 
 
-def _backward(f: Callable, width: int, saved: tuple, g: Any) -> tuple:
-    (wanted_x, wanted_onto, wanted_norm, wanted), (other_x, other_norm, others), statistics = saved
+def _mark(onto: Any) -> Array | None:
+    """Something if the gradient of ``onto`` is wanted."""
+    return jnp.zeros((0,)) if onto is not None and onto.perturbed else None
+
+
+def _backward(f: Callable, width: int, before: Before | None, saved: tuple, g: Any) -> tuple:
+    *saved, onto = saved
     if isinstance(g, SymbolicZero):
-        return None, None, None, None
-    x, norm = other_x if wanted_x is None else wanted_x, _joined(wanted_norm, other_norm)
-    thickness = thickness_of(x, width)
-    needs_sums = norm is not None and (wanted_x is not None or bool(jax.tree.leaves(wanted_norm)))
+        return None, None, None, None, None
+    d_x, *d_parameters = _gradients(f, width, before, tuple(saved), g)
+    return d_x, None if onto is None else g, *d_parameters
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _gradients(f: Callable, width: int, before: Before | None, saved: tuple, g: Array) -> tuple:
+    """The gradients of x, convolution, norm and weights; None for leaves that are frozen."""
+    wanted, x, y, learnt, frozen, statistics = saved
+    convolution, norm, weights = _joined(learnt, frozen)
+    if y is None:
+        y = depthwise.convolve(before.mode, not_before(x, g), *convolution)
+    needs_d_y = wanted.x or bool(jax.tree.leaves(learnt[0]))
+    margins = () if before is None else depthwise.margins_of_gradient(before.mode, convolution[0], y.shape[1:-1])
+    d_y, sums, d_weights = _through_function(f, width, y, norm, statistics, learnt, frozen, g, needs_d_y, margins)
+    if needs_d_y and norm is not None:
+        d_y = _through_norm(d_y, margins, y, statistics, norm.scale, *sums)
+    d_norm = learnt[1] if norm is None else _norm_gradient(learnt[1], sums)
+    if before is None:
+        return d_y, None, d_norm, d_weights
+    d_x = None
+    d_convolution = (None, None)
+    if needs_d_y:
+        d_x, *d_convolution = depthwise.gradients(before.mode, x, convolution[0], d_y, wanted)
+    return d_x, tuple(d_convolution), d_norm, d_weights
+
+
+def _through_function(
+    f: Callable, width: int, y: Array, norm: Weights | None, statistics: Statistics | None, learnt: tuple,
+    frozen: tuple, g: Array, needs_d_n: bool, margins: Margins,
+) -> tuple:  # fmt: skip
+    """The gradient of the norm's result, with margins of zeros; that of the norm, in two sums; that of the weights."""
+    needs_sums = norm is not None and (needs_d_n or bool(jax.tree.leaves(learnt[1])))
+    thickness = thickness_of(y, width)
 
     def slab(i: Array, carry: tuple) -> tuple:
         d_n, sums, d_weights = carry
-        here = cut(x, i, thickness)
+        here = cut(y, i, thickness)
 
         def function(n: Array, weights: Any) -> Array:
-            return f(n, _joined(weights, others))
+            return f(n, _joined(weights, frozen[2]))
 
         n = _normed(here, statistics, norm)
-        d_here, d_here_weights = jax.vjp(function, n, wanted)[1](cut(g, i, thickness))
+        d_here, d_here_weights = jax.vjp(function, n, learnt[2])[1](cut(g, i, thickness))
         d_weights = jax.tree.map(jnp.add, d_weights, d_here_weights)
         if needs_sums:
             sums = jax.tree.map(jnp.add, sums, _norm_sums(d_here, here, statistics))
-        return (None if d_n is None else put(d_n, d_here, i, thickness)), sums, d_weights
+        return (put(d_n, d_here, i, thickness, margins) if needs_d_n else None), sums, d_weights
 
-    zero = jnp.zeros((x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1]), jnp.float32)
-    # Not zeros: those depend on nothing, so XLA would make them at the very start of a step and keep them. One element
-    # of each sample, so that a batch that is split over devices stays where it is.
-    first = jax.lax.slice(g, (0,) * g.ndim, (g.shape[0], *(1,) * (g.ndim - 1))).astype(x.dtype)
-    room = None if wanted_x is None else jnp.broadcast_to(first, x.shape)
-    start = room, (zero, zero) if needs_sums else None, jax.tree.map(jnp.zeros_like, wanted)
-    d_n, sums, d_weights = each_slab(slab, x.shape[1] // thickness, start)
-    d_x = d_n if d_n is None or norm is None else _through_norm(d_n, x, statistics, norm.scale, *sums)
-    d_norm = wanted_norm if norm is None else _norm_gradient(wanted_norm, sums)
-    return d_x, None if wanted_onto is None else g, d_norm, d_weights
+    zero = jnp.zeros((y.shape[0], *(1,) * (y.ndim - 2), y.shape[-1]), jnp.float32)
+    d_n = None
+    if needs_d_n:
+        sizes = y.shape[1:-1]
+        if margins:
+            sizes = tuple(n + sum(widths) for n, widths in zip(sizes, margins, strict=True))
+        d_n = room((y.shape[0], *sizes, y.shape[-1]), g.astype(y.dtype))
+    start = d_n, (zero, zero) if needs_sums else None, jax.tree.map(jnp.zeros_like, learnt[2])
+    return each_slab(slab, y.shape[1] // thickness, start)
 
 
-add_voxelwise.defvjp(_saving_forward, _backward, symbolic_zeros=True)
+_add.defvjp(_saving_forward, _backward, symbolic_zeros=True)
 
 
 def _normed(x: Array, statistics: Statistics | None, norm: Weights | None) -> Array:
@@ -159,18 +242,20 @@ def _norm_gradient(wanted: Weights, sums: tuple[Array, Array] | None) -> Weights
     return wanted.replace(bias=bias, scale=scale)
 
 
-def _through_norm(d_n: Array, x: Array, statistics: Statistics, scale: Array, total: Array, moment: Array) -> Array:
+def _through_norm(
+    d_n: Array, margins: Margins, y: Array, statistics: Statistics, scale: Array, total: Array, moment: Array
+) -> Array:
     """The gradient with respect to the norm's input, in the place of ``d_n``."""
     mean, rstd = statistics
-    voxels = math.prod(x.shape[1:-1])
-    thickness = thickness_of(x, x.shape[-1])
+    voxels = math.prod(y.shape[1:-1])
+    thickness = thickness_of(y, y.shape[-1])
 
-    def slab(i: Array, d_x: Array) -> Array:
-        x_hat = (cut(x, i, thickness).astype(jnp.float32) - mean) * rstd
-        here = cut(d_x, i, thickness).astype(jnp.float32) - total / voxels - x_hat * (moment / voxels)
-        return put(d_x, (scale * rstd * here).astype(x.dtype), i, thickness)
+    def slab(i: Array, d_y: Array) -> Array:
+        y_hat = (cut(y, i, thickness).astype(jnp.float32) - mean) * rstd
+        here = cut(d_y, i, thickness, margins).astype(jnp.float32) - total / voxels - y_hat * (moment / voxels)
+        return put(d_y, (scale * rstd * here).astype(y.dtype), i, thickness, margins)
 
-    return each_slab(slab, x.shape[1] // thickness, d_n)
+    return each_slab(slab, y.shape[1] // thickness, d_n)
 
 
 def _joined(some: Any, others: Any) -> Any:

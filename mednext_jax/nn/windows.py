@@ -17,26 +17,16 @@ def accumulator(*arrays: Array) -> jnp.dtype:
     return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
 
 
-def halved(x: Array, stride: int) -> tuple[int, ...]:
-    """Spatial sizes of what a convolution of x (B, *spatial, C) with this stride gives: ceil(n / stride)."""
-    return tuple((n - 1) // stride + 1 for n in x.shape[1:-1])
+def margins(sizes: Sequence[int], more_rows: int = 0) -> list[tuple[int, int]]:
+    """Zeros in front of and behind every spatial axis: k // 2, and ``more_rows`` behind the last but one."""
+    widths = [(k // 2, k // 2) for k in sizes]
+    widths[-2] = (sizes[-2] // 2, sizes[-2] // 2 + more_rows)
+    return widths
 
 
-def padded(x: Array, sizes: Sequence[int], more_rows: int = 0) -> Array:
-    """x with k // 2 zeros on both sides of every spatial axis, and ``more_rows`` behind the last but one."""
-    widths = [[k // 2, k // 2] for k in sizes]
-    widths[-2][1] += more_rows
+def padded(x: Array, widths: Sequence[tuple[int, int]]) -> Array:
+    """x (B, *spatial, C) with that many zeros in front of and behind every spatial axis."""
     return jnp.pad(x, ((0, 0), *widths, (0, 0)))
-
-
-def padded_input(x: Array, taps: Array, stride: int) -> Array:
-    """x padded for the convolution, with the rows that its kernel gradient wants."""
-    return padded(x, taps.shape[:-1], stride * missing_rows(halved(x, stride)[-2]))
-
-
-def padded_like_rows(g: Array, taps: Array) -> Array:
-    """An output's gradient padded alike: one copy for the input's, the kernel's and the bias's gradient."""
-    return padded(g, taps.shape[:-1], missing_rows(g.shape[-3]))
 
 
 def missing_rows(height: int) -> int:
