@@ -57,7 +57,10 @@ def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callab
     # Spawned, not forked: the caller may run threads (JAX does), which a fork would break.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
+        # Ctrl-C stays with the parent: workers inherit the mask, so it cannot end them while they start either.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         futures = [pool.submit(function, item) for item in items]
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             for future in watched(as_completed(futures)):
                 future.result()
@@ -71,8 +74,7 @@ def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callab
 
 
 def _prepare_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends this worker when the parent is gone without stopping it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ends this worker when the parent is gone without stopping it."""
 
     def wait() -> None:
         parent = multiprocessing.parent_process()

@@ -1,6 +1,7 @@
 """Measures whole folders: several predictions ("arms") against one set of references, cases in parallel."""
 
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -160,9 +162,21 @@ def _mapper(workers: int, jobs: int) -> Iterator[Callable]:
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            yield pool.map
+            yield partial(_started_without_interrupts, pool.map)
         except BrokenProcessPool as error:
             raise OSError("a worker process died, probably out of memory: use fewer --workers") from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _started_without_interrupts(start: Callable, *arguments: Any) -> Any:
+    """``start(*arguments)``; Ctrl-C stays with this process: those that it starts inherit the mask and never see it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return start(*arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _watched(items: Iterable, total: int, what: str) -> Iterator:

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -49,6 +50,27 @@ def _nifti(path, array, spacing=(1, 1, 1), origin=(0, 0, 0), kind="uint8"):
     content = bytes(header) + np.asfortranarray(stored.astype(kind)).tobytes(order="F")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
+
+
+def test_ctrl_c_while_workers_start_ends_in_one_line(tmp_path):
+    cube = np.zeros((9, 8, 7), int)
+    cube[2:5, 2:5, 2:5] = 2
+    for number in range(6):
+        for folder in ("refs", "preds"):
+            _nifti(tmp_path / folder / f"BraTS-SSA-{number:05d}-000.nii", cube)
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "evaluate.py"), f"--predictions={tmp_path / 'preds'}",
+         f"--references={tmp_path / 'refs'}", f"--output={tmp_path / 'out'}", "--workers=2"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    for line in run.stdout:
+        if line.startswith("preds: 6 label maps"):
+            break
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the workers, which are importing, as well
+    rest = run.communicate(timeout=120)[0]
+    assert rest == "interrupted\n" and run.returncode == 130
+    assert not any((tmp_path / "out").iterdir())
 
 
 @pytest.fixture(scope="module")
