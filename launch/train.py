@@ -67,7 +67,8 @@ def main(_) -> int:
     if DRY_RUN.value:
         from mednext_jax.train import dry_run, workdir
 
-        print(dry_run.report(workdir.plain(config)))
+        for part in dry_run.report(workdir.plain(config)):
+            print(part, flush=True)
         return 0
     if not WORKDIR.value:
         raise ValueError("no --workdir: give the folder for checkpoints, logs and the model")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,11 +21,11 @@ def cost(config: Mapping[str, Any]) -> peft.Cost:
     return peft.costs(methods, network.planned(config)[0], data["patch_voxels"], data["batch_size"])[0]
 
 
-def report(config: Mapping[str, Any]) -> str:
-    """The parameter summary of the config's method and a table of costs: full fine-tuning, then the method.
+def report(config: Mapping[str, Any]) -> Iterator[str]:
+    """The parameter summary of the config's method, and then a table of costs: full fine-tuning, then the method.
 
-    Memory and time are those of the compiled step on this machine. A CPU times larger steps on a smaller patch and
-    scales them by their arithmetic; the report says so.
+    The table takes a while: memory and time are those of the compiled step on this machine. A CPU times larger steps
+    on a smaller patch and scales them by their arithmetic; the report says so.
 
     Raises: ValueError or FileNotFoundError if method, ``init_from`` and config do not fit, as a run would.
     """
@@ -36,27 +36,30 @@ def report(config: Mapping[str, Any]) -> str:
     trainable, frozen = peft.split(shapes, method.rule)
     network.check_new_are_trained(method, new, frozen)
     optimizer.make_optimizer(config["optim"], trainable)
-    rows = [peft.create("full")] + ([method] if method.name != "full" else [])
     batch_size, patch = config["data"]["batch_size"], tuple(config["data"]["patch_voxels"])
-    costs, timed_on = _costs(rows, model, patch, batch_size)
     head = f"{method.name} on {config['init_from'] or 'a new network'}, batch {batch_size} of "
     head += "x".join(map(str, patch)) + f", compiled for {jax.devices()[0].device_kind}"
-    if timed_on != (batch_size, patch):
+    smaller = jax.default_backend() == "cpu" and batch_size * math.prod(patch) > CPU_VOXELS
+    timed_on = (1, tuple(min(size, 64) for size in patch)) if smaller else (batch_size, patch)
+    if smaller:
         head += f"; step time scaled from batch {timed_on[0]} of {'x'.join(map(str, timed_on[1]))}"
-    return "\n".join([head, peft.summary(shapes, method.rule), "", peft.markdown(costs)])
+    yield "\n".join([head, peft.summary(shapes, method.rule), ""])
+    rows = [peft.create("full")] + ([method] if method.name != "full" else [])
+    yield peft.markdown(_costs(rows, model, (batch_size, patch), timed_on))
 
 
 def _costs(
-    methods: Sequence[peft.Method], model: MedNeXt, patch: tuple[int, ...], batch_size: int
-) -> tuple[list[peft.Cost], tuple[int, tuple[int, ...]]]:
-    """The cost of each method, and the (batch, patch) on which its time was taken."""
-    if jax.default_backend() != "cpu" or batch_size * math.prod(patch) <= CPU_VOXELS:
-        return peft.costs(methods, model, patch, batch_size, timed_steps=TIMED_STEPS), (batch_size, patch)
-    small = tuple(min(size, 64) for size in patch)
+    methods: Sequence[peft.Method], model: MedNeXt, wanted: tuple[int, tuple[int, ...]],
+    timed_on: tuple[int, tuple[int, ...]],
+) -> list[peft.Cost]:  # fmt: skip
+    """The cost of each method for the (batch, patch) that is wanted, its time scaled from that on which it is taken."""
+    batch_size, patch = wanted
+    if timed_on == wanted:
+        return peft.costs(methods, model, patch, batch_size, timed_steps=TIMED_STEPS)
     whole = peft.costs(methods, model, patch, batch_size, compiled=True)
-    timed = peft.costs(methods, model, small, 1, timed_steps=TIMED_STEPS)
-    scaled = [
+    batch_size, patch = timed_on
+    timed = peft.costs(methods, model, patch, batch_size, timed_steps=TIMED_STEPS)
+    return [
         dataclasses.replace(cost, step_seconds=part.step_seconds * cost.step_flops / part.step_flops)
         for cost, part in zip(whole, timed, strict=True)
     ]
-    return scaled, (1, small)

@@ -38,7 +38,7 @@ def table(text):
 
 
 def test_both_rows_have_every_figure(planned):
-    text = dry_run.report(planned)
+    text = "\n".join(dry_run.report(planned))
     assert re.search(r"trainable params: \d+ \|\| all params: [\d,]+ \|\| trainable%: ", text)
     assert "norm on " in text and "scaled from" not in text
     full, norm = table(text)["full"], table(text)["norm"]
@@ -59,7 +59,7 @@ def test_a_large_step_is_timed_small_on_a_cpu_and_scaled_by_its_arithmetic(plann
 
     monkeypatch.setattr(dry_run.peft, "costs", costs)
     planned.data.update(patch_voxels=(128, 128, 64), batch_size=2)
-    text = dry_run.report(planned)
+    text = "\n".join(dry_run.report(planned))
     assert jax.default_backend() == "cpu" and seen == [((128, 128, 64), 2), ((64, 64, 64), 1)]
     assert "step time scaled from batch 1 of 64x64x64" in text.splitlines()[0]
     assert table(text)["norm"][-1] == f"{2.0 * 2 * 4:.2f} s"
@@ -73,7 +73,7 @@ def test_an_adapted_network_is_no_base(planned, tmp_path):
         {path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items()}))  # fmt: skip
     planned.init_from = str(tmp_path / "run")
     with pytest.raises(ValueError, match="has adapters already; start from its base"):
-        dry_run.report(planned)
+        list(dry_run.report(planned))
 
 
 @pytest.mark.parametrize(
@@ -95,5 +95,5 @@ def test_an_adapted_network_is_no_base(planned, tmp_path):
 def test_what_a_run_would_refuse_is_refused_in_one_line(planned, change, message):
     planned.update(change)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        dry_run.report(planned)
+        list(dry_run.report(planned))
     assert "\n" not in str(error.value)
