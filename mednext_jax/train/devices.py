@@ -30,6 +30,8 @@ def join_processes(coordinator: str = "", process_count: int = 0, process_id: in
       coordinator: ``host:port`` of the first process, with ``process_count`` and ``process_id``; empty: ask
         the launcher (SLURM, Open MPI) if there is one with more than one task.
     """
+    if not coordinator and (process_count or process_id >= 0):
+        raise ValueError("--process_count and --process_id need --coordinator=HOST:PORT, the first process's address")
     if coordinator:
         if process_count < 1 or not 0 <= process_id < process_count:
             raise ValueError(

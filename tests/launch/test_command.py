@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from mednext_jax.train import devices
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 import command  # noqa: E402
@@ -77,3 +82,16 @@ def test_traceback_of_a_thread_is_dropped_only_where_another_process_was_lost(er
     exc_info = (type(error), error, None) if error else None
     record = logging.LogRecord("absl", logging.ERROR, "async_checkpointer.py", 264, "failed", (), exc_info)
     assert processes._is_news(record) is told
+
+
+def test_weights_that_cannot_be_written_and_a_full_disk_without_a_name_are_told_with_their_remedy(tmp_path):
+    with pytest.raises(SafetensorError) as error:
+        save_file({"a": np.zeros(1, np.float32)}, tmp_path / "no folder" / "file.safetensors")
+    assert command.could_not_write_weights(error.value) and "cannot be written" in command.one_line(error.value)
+    assert "the disk is full; make room" in command.one_line(OSError(errno.ENOSPC, "No space left on device"))
+
+
+def test_a_number_of_processes_without_the_first_ones_address_is_refused():
+    for given in ((2, -1), (0, 0), (2, 1)):
+        with pytest.raises(ValueError, match="need --coordinator=HOST:PORT"):
+            devices.join_processes("", *given)
