@@ -1,7 +1,7 @@
 """Padding and shifted windows, which the depthwise operations and their gradients are made of."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,5 +42,6 @@ def window(padded: Array, start: Sequence[int], sizes: Sequence[int], stride: in
     )
 
 
-def every_tap(sizes: Sequence[int]):
+def every_tap(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The index of every tap of a kernel of these spatial sizes, last axis fastest."""
     return itertools.product(*(range(k) for k in sizes))
