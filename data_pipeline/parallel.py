@@ -59,8 +59,10 @@ def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callab
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
         # Ctrl-C stays with the parent: workers inherit the mask, so it cannot end them while they start either.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        futures = [pool.submit(function, item) for item in items]
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            futures = [pool.submit(function, item) for item in items]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             for future in watched(as_completed(futures)):
                 future.result()

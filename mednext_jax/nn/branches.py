@@ -50,7 +50,7 @@ class ConvAdapter(nn.Module):
                              f"{'/'.join(self.path)}")
         hidden = channels // self.gamma
         down = _GroupedDown(hidden, self.sizes, name="down")(channels)
-        # Each group's sum as a product with a matrix of zeros and ones, which XLA on CPU does fastest.
+        # Each group's sum as a product with a matrix of zeros and ones.
         grouping = jnp.repeat(jnp.eye(hidden, dtype=x.dtype), self.gamma, axis=0)
         up = Conv(self.features, (1,) * len(self.sizes), zero=True, name="up")(hidden)
         scale = self.param("scale", nn.initializers.ones, (self.features,)) if self.learnable_scale else None

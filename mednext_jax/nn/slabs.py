@@ -83,7 +83,7 @@ def not_before(x: Array, g: Array) -> Array:
 
 
 def _never(g: Array) -> tuple[Array, Array]:
-    """False, in a way that no compiler sees through, and the first element of each sample, so that a batch that is
+    """False, in a way that XLA does not see through, and the first element of each sample, so that a batch that is
     split over devices stays where it is."""
     first = jax.lax.slice(g, (0,) * g.ndim, (g.shape[0], *(1,) * (g.ndim - 1)))
     return (first < 0) & (first > 0), first
