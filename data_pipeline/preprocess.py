@@ -66,7 +66,7 @@ def preprocess(
     cases, problems = cohorts.survey(input_folder)
     if not cases and not problems:
         raise ValueError(f"{shown(input_folder)}: no BraTS case; files must be named like {cohorts.EXAMPLES}")
-    _stop_if_bad(problems, input_folder, skip_bad)
+    _stop_if_bad(problems, input_folder, skip_bad, " of names, no scan was read yet")
 
     def split(patients: Mapping[str, str]) -> dict:
         if splits:
@@ -160,7 +160,7 @@ def _is_same(known: Mapping, path: Path) -> bool:
     return now is not None and now["sha256"] == known["sha256"]
 
 
-def _stop_if_bad(problems: Sequence[Problem], folder: str | Path, skip_bad: bool) -> None:
+def _stop_if_bad(problems: Sequence[Problem], folder: str | Path, skip_bad: bool, kind: str = "") -> None:
     serious = [problem for problem in problems if not problem.warning]
     if serious and not skip_bad:
         more = f" | and {len(serious) - _MOST_SHOWN} more" if len(serious) > _MOST_SHOWN else ""
@@ -168,7 +168,7 @@ def _stop_if_bad(problems: Sequence[Problem], folder: str | Path, skip_bad: bool
         command = "launch/preprocess.py"
         remedy = f"correct them ({command} --check-only lists all) or leave those cases out ({command} --skip-bad)"
         noun = "1 problem" if len(serious) == 1 else f"{len(serious)} problems"
-        raise ValueError(f"{shown(folder)}: {noun}; {remedy}: {listed}{more}")
+        raise ValueError(f"{shown(folder)}: {noun}{kind}; {remedy}: {listed}{more}")
 
 
 def _print_problems(problems: Sequence[Problem]) -> None:

@@ -81,6 +81,13 @@ def with_underscores(argv: Sequence[str]) -> list[str]:
     return result
 
 
+def refuse_existing(output: str) -> None:
+    """Raises FileExistsError if something is at ``output``: what an earlier command made is not replaced unasked."""
+    path = Path(output)
+    if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise FileExistsError(f"--output={output} exists already; move it away or give another place")
+
+
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Reads the command line; what is wrong with it is told in one line, exit code 1."""
     try:
@@ -88,15 +95,25 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except Exception as error:  # a config is a program, which can raise anything
         if any(argument == "--debug" for argument in argv):
             raise
-        text = str(error).strip() or type(error).__name__
-        if isinstance(error, AttributeError):  # ml_collections, of a field that is not there
-            cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
-            name = one_line(cause).replace(" Did you mean", ", did you mean")  # ml_collections makes it a sentence
-            text = f"the config has no field {name.rstrip('?')}; configs/default.py lists them"
-        elif "Traceback" in text:  # an error inside a config file: its last line says what
-            text = f"{text.splitlines()[0]} {text.splitlines()[-1]}"
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        print(f"error: {' '.join(_told(error).split())}", file=sys.stderr)
         sys.exit(1)
+
+
+def _told(error: Exception) -> str:
+    """What is wrong with the command line, in our words where those of absl and ml_collections name no remedy."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, AttributeError):  # ml_collections, of a field that is not there
+        cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+        name, _, rest = one_line(cause).partition(" Did you mean ")
+        meant = f", did you mean {rest.split()[0]}?" if rest else ";"
+        return f"the config has no field {name.rstrip('?')}{meant} configs/default.py lists them"
+    if absent := re.match(r"flag --(\w+)=None: Flag --\1 must have a value other than None", text):
+        return f"no --{absent[1]}: {flags.FLAGS[absent[1]].help}"
+    if absent := re.search(r"Failed loading config file.*No such file or directory: '(.*?)'", text, re.DOTALL):
+        return f"--config={absent[1]}: no such file; the configs are configs/*.py, with :VARIANT after the name or not"
+    if "Traceback" in text:  # an error inside a config file: its last line says what
+        return f"{text.splitlines()[0]} {text.splitlines()[-1]}"
+    return text
 
 
 def run(main: Callable[[Any], int | None], parse: Callable[[Sequence[str]], Any] = parse_flags) -> None:

@@ -136,6 +136,7 @@ def main(_) -> None:
     """Converts one file or model directory; ValueError or OSError, told in one line, where it cannot."""
     if not (INPUT.value and OUTPUT.value):
         raise ValueError("give --input=CHECKPOINT --output=DIRECTORY, or --input=MODEL --output=FILE.safetensors")
+    command.refuse_existing(OUTPUT.value)
     if Path(INPUT.value).is_dir():
         if not OUTPUT.value.endswith(".safetensors"):
             raise ValueError(f"{INPUT.value} is a directory: a model is exported to a file, --output=FILE.safetensors")

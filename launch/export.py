@@ -22,6 +22,7 @@ def main(_) -> None:
     sizes = PATCH_VOXELS.value or []
     if not all(size.isdecimal() for size in sizes) or len(sizes) not in (0, 3):
         raise ValueError(f"--patch_voxels={','.join(sizes)}: give three sizes, like 128,128,128")
+    command.refuse_existing(OUTPUT.value)
     from mednext_jax.infer import export  # only now: JAX reads the compilation cache's place when it is imported
 
     patch = [int(size) for size in sizes] or None

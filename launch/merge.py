@@ -18,6 +18,7 @@ FORCE = flags.DEFINE_bool("force", False, "Merge into another base than the one 
 
 def main(_) -> None:
     """Writes the merged model; ValueError, told in one line, for an adapter that is not linear or not of this base."""
+    command.refuse_existing(OUTPUT.value)
     from mednext_jax import peft  # only now: JAX reads the compilation cache's place when it is imported
 
     info = peft.merge_directories(MODEL.value, ADAPTER.value, OUTPUT.value, FORCE.value)

@@ -85,6 +85,7 @@ def main(_) -> int:
     from mednext_jax.infer.postprocess import PostProcess
     from mednext_jax.modeldir import params_hash
 
+    prediction.check_output(INPUT.value, OUTPUT.value)
     members = [ensemble.load_member(*pair, DTYPE.value, FORCE.value) for pair in pairs(MODEL.value, ADAPTER.value)]
     jobs, failed = prediction.find_jobs(INPUT.value, members[0].info.normalization, SPLIT.value)
     window = {"patch_voxels": patch, "overlap": OVERLAP.value, "flips": FLIPS.value}

@@ -91,6 +91,14 @@ def find_jobs(
     return [Job(case.case_id, functools.partial(load, case)) for case in cases], bad
 
 
+def check_output(path: str | Path, output: str | Path) -> None:
+    """Raise ValueError if the label maps would come to lie among the cases, where they would pass for theirs."""
+    cases, label_maps = Path(path).resolve(), Path(output).resolve()
+    if label_maps.is_relative_to(cases):
+        raise ValueError(f"--output={output} lies in --input={path}: label maps among the scans would later be taken "
+                         "for the cases' own; give a folder outside")
+
+
 def check_data(info: modeldir.ModelInfo, path: str | Path) -> None:
     """Raise ValueError, once for all cases, unless channels and normalisation of ``path`` are the model's."""
     if (Path(path) / "dataset.json").is_file():

@@ -39,7 +39,8 @@ def check() -> int:
     for problem in problems:
         print(f"{'warning: ' if problem.warning else ''}{problem}")
     serious = sum(not problem.warning for problem in problems)
-    print(f"{serious} problems, {len(problems) - serious} warnings")
+    warnings = len(problems) - serious
+    print(f"{serious} problem{'s' * (serious != 1)}, {warnings} warning{'s' * (warnings != 1)}")
     return 1 if serious else 0
 
 

@@ -40,6 +40,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show how many runs the study has 
 TFLOPS = flags.DEFINE_float("tflops", 6.0, "With --dry_run: operations per second of the device, in 10^12.", 1e-3)
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 10  # how often to look whether other processes did something
+TELL_SECONDS = 60  # after this, and twice this and so on, a step that is still at work says how far it is
 STOP_SECONDS = 120  # for a stopped step to save
 REQUEUE = 75
 
@@ -56,6 +57,12 @@ class Running:
     worker: Worker
     claim: contextlib.ExitStack
     began: float = field(default_factory=time.monotonic)
+    tell_after: float = TELL_SECONDS
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.began
 
 
 class Study:
@@ -67,22 +74,31 @@ class Study:
         self.idle: list[Worker] = []
         self.done: set[str] = set()
         self.acted = False  # a step that needed no process was done: there may be others now
+        self.elsewhere: set[str] = set()  # steps that other processes were seen to do
 
-    def to_the_end(self) -> int:
-        """Does every step; returns how many there were.
+    def to_the_end(self) -> tuple[int, int]:
+        """Does every step; returns how many there were, and how many of them were done before.
 
         Raises:
           ValueError: a step fails.
         """
+        before = None
         try:
             while True:
                 steps = study_plan.plan(self.config, self.folder)
                 waiting = [step for step in steps if not self._is_done(step)]
+                if before is None:
+                    before = len(steps) - len(waiting)
+                    if before:
+                        print(f"{before} of {len(steps)} steps known so far are done", flush=True)
                 if not waiting and not self.running:
-                    return len(steps)
-                for step in waiting:
-                    if len(self.running) < self.jobs and self.done.issuperset(step.needs):
+                    return len(steps), before
+                ready = [step for step in waiting if self.done.issuperset(step.needs)]
+                for step in ready:
+                    if len(self.running) < self.jobs:
                         self._begin(step, len(steps))
+                if not self.running and not self.acted:
+                    self._say_who_works(ready)
                 self._collect(len(steps))
         finally:
             self._stop()
@@ -101,13 +117,15 @@ class Study:
             stack.close()
             return
         began = time.monotonic()
+        if step.argv:
+            print(f"{step.name} ...", flush=True)
         with contextlib.ExitStack() as failing:
             failing.callback(stack.close)
             step.action()
             if step.argv:
                 worker = self.idle.pop() if self.idle else Worker()
-                self.running[step.name] = Running(step, worker, stack, began)
-                worker.begin(step.argv[1:], study_steps.log_of(self.folder, step.name), claim)
+                self.running[step.name] = Running(step, worker, stack)
+                worker.begin(step, self.folder, claim)
             failing.pop_all()
         if not step.argv:
             step.mark_done(self.folder, time.monotonic() - began)
@@ -121,6 +139,7 @@ class Study:
         ended: dict[str, int] = {}
         while not ended and time.monotonic() < until and (self.running or not self.acted):
             time.sleep(POLL_SECONDS)
+            self._say_how_far()
             codes = {name: running.worker.poll() for name, running in self.running.items()}
             ended = {name: code for name, code in codes.items() if code is not None}
         self.acted = False
@@ -129,9 +148,7 @@ class Study:
 
     def _end(self, running: Running, code: int, known: int) -> None:
         """Takes note that a command ended; its worker gets the next one, or goes."""
-        step, seconds = running.step, time.monotonic() - running.began
-        if code == 0:
-            step.mark_done(self.folder, seconds, running.worker.cpu_seconds)
+        step = running.step
         running.claim.close()
         if code == 0 and running.worker.started < self.config.steps_per_process:
             self.idle.append(running.worker)
@@ -142,11 +159,26 @@ class Study:
         if code:
             raise ValueError(f"step {step.name!r} ended with exit code {code}: {said} (log: {log}; command: "
                              f"{step.shown()})")
-        self._say(step, known, f"  {seconds:.0f} s  {said[:100]}")
+        self._say(step, known, f"  {running.seconds:.0f} s  {said[:100]}")
 
     def _say(self, step: study_steps.Step, known: int, rest: str) -> None:
         self.done.add(step.name)
         print(f"[{len(self.done)}/{known}] {step.name}{rest}", flush=True)
+
+    def _say_how_far(self) -> None:
+        """The last line of every step that has been at work for long, at growing intervals."""
+        for name, running in self.running.items():
+            if running.seconds > running.tell_after:
+                running.tell_after *= 2
+                said = study_steps.last_line(study_steps.log_of(self.folder, name))
+                print(f"{name} ... {running.seconds:.0f} s  {said[:100]}", flush=True)
+
+    def _say_who_works(self, ready: list[study_steps.Step]) -> None:
+        """Names the processes whose steps this one has to wait for, once each."""
+        for step in ready:
+            if step.name not in self.elsewhere:
+                self.elsewhere.add(step.name)
+                print(f"{step.name} is done by {study_steps.signed_by(self.folder, step.name)}; waiting", flush=True)
 
     def _stop(self) -> None:
         """Asks what still runs to save and end."""
@@ -171,23 +203,28 @@ def main(_) -> int:
     if config is None or not (WORKDIR.value or DRY_RUN.value):
         raise ValueError("give --config=configs/study.py:demo (or :simulated, or :real) and --workdir=FOLDER")
     study_plan.split_names(config)
+    study_plan.check_names(config)
     if DRY_RUN.value:
-        print(study_cost.report(config, TFLOPS.value))
+        for line in study_cost.report(config, TFLOPS.value):
+            print(line, flush=True)
         return 0
     folder, began = Path(WORKDIR.value), time.monotonic()
     study_plan.check(config, folder)
+    expected = study_result.published(Path(EXPECTED.value)) if EXPECTED.value else None
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _on_signal)
     try:
-        steps = Study(config, folder, JOBS.value).to_the_end()
+        steps, before = Study(config, folder, JOBS.value).to_the_end()
     except Stopped:
         print("stopped; the same command goes on", flush=True)
         return REQUEUE
     print(study_result.text(folder))
-    print(f"{steps} steps, {(time.monotonic() - began) / 60:.1f} minutes\nreport: {study_result.page(folder)}")
-    if not EXPECTED.value:
+    minutes = f"{(time.monotonic() - began) / 60:.1f} minutes"
+    print(f"{steps} steps, {f'{steps - before} of them now, in ' if before else ''}{minutes}")
+    print(f"report: {study_result.page(folder)}")
+    if expected is None:
         return 0
-    said, agrees = study_result.compared(folder, Path(EXPECTED.value))
+    said, agrees = study_result.compared(folder, expected)
     print(said)
     return 0 if agrees else 1
 

@@ -2,7 +2,7 @@
 
 import ast
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import study_runs as runs
@@ -48,14 +48,15 @@ def groups(config: Any) -> dict[str, list[runs.Run]]:
     }
 
 
-def report(config: Any, tflops: float) -> str:
-    """Runs, arithmetic and hours of every part, one line each, and of the whole.
+def report(config: Any, tflops: float) -> Iterator[str]:
+    """Runs, arithmetic and hours of every part, one line each as it is counted, and of the whole.
 
     Args:
       tflops: 10^12 operations per second that a device sustains in training.
     """
     known: dict[tuple, float] = {}
-    lines, total = [f"{'':30} {'runs':>5} {'PFLOP':>10} {f'hours at {tflops:g} TFLOP/s':>24}"], [0, 0.0]
+    total = [0, 0.0]
+    yield f"{'':30} {'runs':>5} {'PFLOP':>10} {f'hours at {tflops:g} TFLOP/s':>24}"
     for name, found in groups(config).items():
         work = 0.0
         for run in found:
@@ -63,10 +64,12 @@ def report(config: Any, tflops: float) -> str:
             if kind not in known:
                 known[kind] = flops(config, run)
             work += known[kind]
-        lines.append(_line(name, len(found), work, tflops))
+        yield _line(name, len(found), work, tflops)
         total = [total[0] + len(found), total[1] + work]
-    return "\n".join([*lines, _line("in all", *total, tflops)])
+    yield _line("in all", *total, tflops)
 
 
 def _line(name: str, count: int, work: float, tflops: float) -> str:
-    return f"{name:30} {count:>5} {work / 1e15:>10.4g} {work / (tflops * 1e12 * 3600):>24.3g}"
+    hours = work / (tflops * 1e12 * 3600)
+    shown = "under 0.01" if 0 < hours < 0.01 else f"{hours:.3g}"
+    return f"{name:30} {count:>5} {work / 1e15:>10.4g} {shown:>24}"

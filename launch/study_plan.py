@@ -25,11 +25,20 @@ def split_names(config: Any) -> None:
         section[field] = tuple(name for value in section[field] for name in value.split(","))
 
 
+def check_names(config: Any) -> None:
+    """Raises ValueError for an arm or fault that there is not."""
+    arms = {"arms": config.arms, "few_shot.arms": config.few_shot.arms, "ablation.arms": config.ablation.arms}
+    for field, names in arms.items():
+        for name in names:
+            if name not in config.recipes:
+                raise ValueError(f"config.{field} names {name!r}; known: {', '.join(config.recipes)}")
+    for name in config.ablations:
+        if name not in runs.FAULTS:
+            raise ValueError(f"config.ablations names {name!r}; known: {', '.join(runs.FAULTS)}")
+
+
 def check(config: Any, folder: Path) -> None:
     """Raises ValueError for a config that no study can have, or not the one in ``folder``."""
-    for name in config.arms:
-        if name not in config.recipes:
-            raise ValueError(f"config.arms names {name!r}; known: {', '.join(config.recipes)}")
     if not config.arms or not runs.replicates(config):
         raise ValueError("config.arms, config.subset_seeds, config.init_seeds and config.order_seeds need a value each")
     for cohort in cohorts.NAMES:

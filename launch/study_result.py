@@ -41,17 +41,27 @@ def text(folder: Path) -> str:
     return "\n".join([*lines, "", content["drop"]])
 
 
-def compared(folder: Path, published: Path) -> tuple[str, bool]:
-    """What the study in ``folder`` says beside a published results.json, and whether all of it agrees.
-
-    Raises: ValueError if ``published`` holds no results of a study.
-    """
+def published(file: Path) -> agreement.Estimates:
+    """The estimates in a published results.json. Raises: ValueError if the file holds no results of a study."""
     try:
-        expected = json.loads(published.read_text())["estimates"]
-    except (KeyError, TypeError, json.JSONDecodeError):
-        raise ValueError(f"{published} holds no results of a study; give the results.json of one") from None
-    outside = agreement.disagreements(expected, json.loads((folder / RESULT_FILE).read_text())["estimates"])
-    lines = [f"{len(expected) - len(outside)} of {len(expected)} estimates lie within the intervals of {published}"]
+        expected = json.loads(file.read_text())["estimates"]
+        if expected and all({"mean", "low", "high"} <= estimate.keys() for estimate in expected.values()):
+            return expected
+    except FileNotFoundError:
+        raise ValueError(f"--expected={file}: no such file; give the results.json of a study") from None
+    except (KeyError, TypeError, AttributeError, ValueError):
+        pass
+    raise ValueError(f"--expected={file} holds no results of a study; give the results.json of one")
+
+
+def compared(folder: Path, expected: agreement.Estimates) -> tuple[str, bool]:
+    """What the study in ``folder`` says beside published estimates, and whether all of it agrees."""
+    found = json.loads((folder / RESULT_FILE).read_text())["estimates"]
+    if lacking := expected.keys() - found.keys():
+        return (f"not the same study: {len(lacking)} of the {len(expected)} published estimates are of arms, sizes or "
+                f"faults that this one does not have, such as {min(lacking)!r}"), False
+    outside = agreement.disagreements(expected, found)
+    lines = [f"{len(expected) - len(outside)} of {len(expected)} estimates lie within the published intervals"]
     return "\n".join([*lines, *outside]), not outside
 
 

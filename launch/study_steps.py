@@ -3,7 +3,9 @@
 import contextlib
 import fcntl
 import json
+import os
 import shlex
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,6 +68,11 @@ def log_of(folder: Path, name: str) -> Path:
     return folder / "logs" / f"{name}.log"
 
 
+def claim_of(folder: Path, name: str) -> Path:
+    """The file that is locked while a step is done, and says by whom."""
+    return folder / "claims" / f"{name}.lock"
+
+
 def last_line(log: Path) -> str:
     """The last line of a log that says anything."""
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
@@ -78,15 +85,27 @@ def claimed(folder: Path, name: str) -> Iterator[int | None]:
 
     The system gives the lock back when all that hold it have ended, however they ended.
     """
-    file = folder / "claims" / f"{name}.lock"
+    file = claim_of(folder, name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w") as stream:
+    with open(file, "a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield None
             return
+        sign(stream.fileno())
         yield stream.fileno()
+
+
+def sign(claim: int) -> None:
+    """Writes into a claim that this process does its step now."""
+    os.truncate(claim, 0)
+    os.write(claim, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def signed_by(folder: Path, name: str) -> str:
+    """Who does a step that is claimed."""
+    return claim_of(folder, name).read_text() or "another process"
 
 
 def launcher(name: str, *flags: str) -> tuple[str, ...]:

@@ -12,12 +12,14 @@ import select
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import command  # noqa: F401  shared by all commands: its flags stay defined
 from absl import flags
+from study_steps import Step, log_of, sign
 
 MESSAGE_BYTES = 65536
 DIED = 1  # exit code of a command whose worker ended without one
@@ -28,7 +30,6 @@ class Worker:
 
     Attributes:
       started: commands it was given.
-      cpu_seconds: processor time of the last command that ended, its own processes included.
     """
 
     def __init__(self):
@@ -36,19 +37,19 @@ class Worker:
         with theirs:
             command = [sys.executable, __file__, str(theirs.fileno())]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),))
-        self.started, self.cpu_seconds = 0, 0.0
+        self.started = 0
 
-    def begin(self, argv: Sequence[str], log: Path, claim: int) -> None:
-        """Starts a command.
+    def begin(self, step: Step, folder: Path, claim: int) -> None:
+        """Starts the command of a step; what it prints is appended to the step's log.
+
+        A command that ends well leaves the step's note: it counts even if the process that gave the work is killed.
 
         Args:
-          argv: script and flags.
-          log: what it prints is appended here.
           claim: file descriptor of the step's claim. The worker keeps it open while the command runs, so that the
-            step stays claimed even if the process that gave the work is killed.
+            step stays claimed as well.
         """
-        log.parent.mkdir(parents=True, exist_ok=True)
-        order = json.dumps({"argv": list(argv), "log": str(log)}) + "\n"
+        log_of(folder, step.name).parent.mkdir(parents=True, exist_ok=True)
+        order = json.dumps({"name": step.name, "argv": step.argv, "folder": str(folder.absolute())}) + "\n"
         socket.send_fds(self._channel, [order.encode()], [claim])
         self.started += 1
 
@@ -58,8 +59,7 @@ class Worker:
             return None
         with contextlib.suppress(ConnectionError):
             if answer := self._channel.recv(MESSAGE_BYTES):
-                code, self.cpu_seconds = json.loads(answer)
-                return code
+                return json.loads(answer)
         return self._process.wait() or DIED
 
     def ask_to_stop(self) -> None:
@@ -110,17 +110,22 @@ def serve(channel: socket.socket) -> None:
         if not order:
             return
         wanted = json.loads(order)
-        with open(wanted["log"], "ab") as log:
+        step, folder = Step(wanted["name"], tuple(wanted["argv"])), Path(wanted["folder"])
+        with open(log_of(folder, step.name), "ab") as log:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
-        before = sum(os.times()[:4])
-        code = run(wanted["argv"])
+        for claim in descriptors:
+            sign(claim)
+        began, before = time.monotonic(), sum(os.times()[:4])
+        code = run(step.argv[1:])
+        if code == 0:
+            step.mark_done(folder, time.monotonic() - began, sum(os.times()[:4]) - before)
         sys.stdout.flush()
         sys.stderr.flush()
-        for descriptor in descriptors:
-            os.close(descriptor)
+        for claim in descriptors:
+            os.close(claim)
         with contextlib.suppress(BrokenPipeError):
-            channel.sendall(json.dumps([code, sum(os.times()[:4]) - before]).encode())
+            channel.sendall(json.dumps(code).encode())
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ def evaluate(
     """Measures every case that an arm and the references share.
 
     Raises:
-      ValueError: an arm shares no case with the references, a value is unknown, or a case's two files do not
-        lie on one grid (the message names arm and case). Nothing is measured before all cases have passed.
+      ValueError: an arm shares no case with the references, a value is unknown, or a case's two files are one or do
+        not lie on one grid (the message names arm and case). Nothing is measured before all cases have passed.
     """
     jobs, missing, extra = [], {}, {}
     for folder in (references, *arms):
@@ -126,6 +126,11 @@ def evaluate(
                 f"found {next(iter(arm.files))}, looked for {next(iter(references.files))}"
             )
         for case in shared:
+            if arm.files[case].samefile(references.files[case]):
+                raise ValueError(
+                    f"case {case} ({arm.name}): {arm.files[case]} is both prediction and reference and would score "
+                    "1; keep predictions and references in folders of their own"
+                )
             problem = labelmaps.geometry_problem(
                 arm.inspections[case], references.inspections[case], affine_tolerance_mm
             )

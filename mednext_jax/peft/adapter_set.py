@@ -24,7 +24,7 @@ class AdapterSet:
         sites.set_active("kano")
         logits = sites.apply(image)
         with sites.disable_adapters():
-            logits = sites.apply(image)  # the base's, bit for bit
+            logits = sites.apply(image)  # the base's, the same bits as ``jax.jit(model.apply)`` gives
     """
 
     def __init__(self, model: Any, base_params: Mapping[str, Any]) -> None:

@@ -10,15 +10,12 @@ Estimates = Mapping[str, Mapping[str, Any]]  # name -> mean, low, high as in res
 
 
 def disagreements(published: Estimates, found: Estimates) -> list[str]:
-    """One line for every published estimate that the new study lacks or puts outside the published interval.
+    """One line for every published estimate that the new study puts outside the published interval.
 
     An estimate without an interval (a single case) must be the same to a hundredth of its value.
     """
     lines = []
     for name, estimate in published.items():
-        if name not in found:
-            lines.append(f"{name}: published, not found")
-            continue
         mean, low, high = (_number(estimate[part]) for part in ("mean", "low", "high"))
         new = _number(found[name]["mean"])
         if math.isnan(low):

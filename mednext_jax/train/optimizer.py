@@ -7,7 +7,7 @@ outside the partition silently brings their gradients back.
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -33,20 +33,21 @@ def is_decayed(path: str, leaf: Any) -> bool:
     return leaf.ndim > 1 and name not in ("bias", "scale") and not name.startswith(("grn_", "ssf_"))
 
 
-def check_groups(groups: Any) -> None:
-    """Raises ValueError unless every entry of ``config.optim.groups`` is (regex, factor, factor)."""
-    for group in groups:
-        try:
-            pattern, *factors = group
-            re.compile(pattern)
-            good = len(factors) == 2 and all(isinstance(factor, int | float) and factor >= 0 for factor in factors)
-        except (TypeError, re.error):
-            good = False
-        if not good:
+def check_groups(groups: Iterable[Any]) -> None:
+    """Raises ValueError unless every entry of ``config.optim.groups`` is a regex on paths and two factors."""
+    for entry in groups:
+        factors = entry[1:] if isinstance(entry, list | tuple) and len(entry) == 3 else ()
+        if not factors or not isinstance(entry[0], str) or not all(_is_amount(factor) for factor in factors):
             raise ValueError(
-                f"config.optim.groups holds {group!r}: (regex on the path, learning-rate factor, weight-decay "
-                "factor) is needed"
+                f"config.optim.groups: {entry!r} is not (regex, learning-rate factor, weight-decay factor), such as "
+                "('adapter/', 3.0, 1.0)"
             )
+        rules.compiled(entry[0], "config.optim.groups:")
+
+
+def _is_amount(number: Any) -> bool:
+    """Whether it is a number of at least 0."""
+    return isinstance(number, int | float) and 0 <= number < math.inf
 
 
 def assign_groups(
@@ -63,8 +64,7 @@ def assign_groups(
 
     Raises: ValueError if a group is malformed or its regex matches no trainable path.
     """
-    for entry in config["groups"]:
-        _check_group(entry)
+    check_groups(config["groups"])
     unused = {pattern for pattern, _, _ in config["groups"]}
     last = rules.depth_of("out_0")
     groups = {}
@@ -81,22 +81,6 @@ def assign_groups(
     if unused:
         raise ValueError(f"config.optim.groups: {min(unused)!r} matches no trainable parameter")
     return groups
-
-
-def _check_group(entry: Any) -> None:
-    """Raises ValueError unless ``entry`` of ``config.optim.groups`` is a regex and two factors."""
-    factors = entry[1:] if isinstance(entry, list | tuple) and len(entry) == 3 else ()
-    if not factors or not isinstance(entry[0], str) or not all(_is_amount(factor) for factor in factors):
-        raise ValueError(
-            f"config.optim.groups: {entry!r} is not (regex, learning-rate factor, weight-decay factor), such as "
-            "('adapter/', 3.0, 1.0)"
-        )
-    rules.compiled(entry[0], "config.optim.groups:")
-
-
-def _is_amount(number: Any) -> bool:
-    """Whether it is a number of at least 0."""
-    return isinstance(number, int | float) and 0 <= number < math.inf
 
 
 def _group_transform(group: Group, config: Mapping[str, Any]) -> optax.GradientTransformation:

@@ -28,7 +28,8 @@ def make_schedule(config: Mapping[str, Any]) -> Callable[[int], float]:
     if name not in NAMES:
         raise ValueError(f"config.optim.schedule is {name!r}; it must be one of {', '.join(NAMES)}")
     if not 0 <= warmup < total:
-        raise ValueError(f"config.optim.warmup_steps is {warmup}: it must be below total_steps ({total})")
+        raise ValueError(f"config.optim.warmup_steps is {warmup}: it must be below total_steps ({total}); "
+                         "a run of few steps takes 0")
 
     def schedule(step: int) -> float:
         progress = min(max((step - warmup) / (total - warmup), 0.0), 1.0)

@@ -66,6 +66,14 @@ def test_arm_without_any_shared_case_is_an_error(folders, tmp_path):
         cohort.evaluate([other], folders[0], SETTINGS)
 
 
+def test_a_file_that_is_its_own_reference_is_refused(folders, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "b.nii.gz").symlink_to(tmp_path / "truth" / "b.nii.gz")
+    for same in (tmp_path / "truth", tmp_path / "linked"):
+        with pytest.raises(ValueError, match=r"case [ab] \(same\): .* is both prediction and reference"):
+            cohort.evaluate([cohort.open_folder("same", same)], folders[0], SETTINGS)
+
+
 def test_value_outside_the_scheme_names_the_file(folders):
     truth, first, _ = folders
     with pytest.raises(ValueError, match=r"first.a.nii.gz: label \[2\] is unknown"):

@@ -37,7 +37,7 @@ def kills(good: Path, scratch: Path) -> dict[str, Any]:
     found = kills.kill_runs(flags, scratch, wanted=100, seed=SEED)
     rows = {
         "kill -9: tried": f"{found.tried}, {found.during_saves} of them left a half-written checkpoint",
-        "kill -9: restarts": f"{found.restarts} of {found.runs} runs",
+        "kill -9: restarts": f"{found.restarts}, in {found.runs} runs from start to end",
         "kill -9: mismatches": f"{found.mismatches} (bit for bit, against a run left alone)",
     }
     return {"rows": rows, "faults": found.faults}

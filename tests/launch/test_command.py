@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from safetensors.numpy import save_file
 
 from mednext_jax.train import devices
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "launch"))
 import command  # noqa: E402
 import processes  # noqa: E402
 
@@ -82,6 +84,31 @@ def test_traceback_of_a_thread_is_dropped_only_where_another_process_was_lost(er
     exc_info = (type(error), error, None) if error else None
     record = logging.LogRecord("absl", logging.ERROR, "async_checkpointer.py", 264, "failed", (), exc_info)
     assert processes._is_news(record) is told
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (("launch/train.py", "--config=configs/pefft.py"), "error: --config=configs/pefft.py: no such file; "),
+    (("launch/train.py", "--config=configs/peft.py", "--config.peft.metod=lora"),
+     'error: the config has no field \'metod\', did you mean "method"? configs/default.py lists them'),
+    (("launch/train.py", "--config=configs/peft.py", "--config.xyz=1"),
+     "error: the config has no field 'xyz'; configs/default.py lists them"),
+    (("launch/predict.py", "--model=a", "--input=b"), "error: no --output: Folder for the label maps."),
+], ids=str)  # fmt: skip
+def test_a_wrong_command_line_is_told_in_our_words(arguments, told):
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith(told) and done.stderr.count("\n") == 1
+
+
+def test_what_is_there_is_not_replaced(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for free in ("empty", "new"):
+        command.refuse_existing(str(tmp_path / free))
+    for taken in ("folder", "file", "link"):
+        with pytest.raises(FileExistsError, match=f"{taken} exists already"):
+            command.refuse_existing(str(tmp_path / taken))
 
 
 def test_weights_that_cannot_be_written_and_a_full_disk_without_a_name_are_told_with_their_remedy(tmp_path):

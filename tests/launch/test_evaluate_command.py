@@ -208,9 +208,10 @@ def test_every_table_of_the_report_scrolls_in_its_own_box(golden_run):
 
 def test_a_place_that_can_not_be_written_is_told_before_anything_is_read(tmp_path):
     (tmp_path / "file").write_text("")
-    _nifti(tmp_path / "refs" / "a.nii.gz", np.ones((8, 9, 10)))
+    for folder in ("refs", "pred"):
+        _nifti(tmp_path / folder / "a.nii.gz", np.ones((8, 9, 10)))
     for place in ("file", "file/below"):
-        code, out, err = _evaluate(f"--predictions={tmp_path / 'refs'}", f"--references={tmp_path / 'refs'}",
+        code, out, err = _evaluate(f"--predictions={tmp_path / 'pred'}", f"--references={tmp_path / 'refs'}",
                                    f"--output={tmp_path / place}", *QUICK)  # fmt: skip
         assert (code, out) == (1, "") and err.count("\n") == 1
         assert "a file where a folder is needed; give another path" in err and str(tmp_path / "file") in err

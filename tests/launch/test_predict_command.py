@@ -292,8 +292,10 @@ def test_bad_arguments_are_one_line_and_exit_code_1(tmp_path, model, command):
         ({"input": tmp_path / "empty"}, "no case found"),
         ({"patch_voxels": "16,16,20"}, "divisible by 16"),
         ({"thresholds": "WT=0.5"}, "one per region like WT:0.5"),
+        ({"output": tmp_path / "in"}, "lies in --input"),
+        ({"output": tmp_path / "in" / "out"}, "lies in --input"),
     ]:
         result = command(*[f"--{name}={value}" for name, value in {**good, **change}.items()])
         assert result.returncode == 1 and words in result.stderr, result.stderr
         assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
-        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.rglob("out")) and not list(tmp_path.rglob("prediction.json"))

@@ -1,6 +1,8 @@
 """The study's plan: which commands run, in which order, and what happens when one of them stops."""
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 
+import study  # noqa: E402
 import study_cost  # noqa: E402
 import study_plan  # noqa: E402
 import study_runs  # noqa: E402
@@ -144,16 +147,20 @@ def test_the_dry_run_counts_arithmetic_of_what_a_run_overrides(tmp_path):
 
 
 def test_a_finished_step_is_skipped_but_not_when_its_command_was_another(tmp_path):
-    step = study_steps.Step("one", ("python", "a.py", "--x=1"))
-    assert not step.is_done(tmp_path)
-    step.mark_done(tmp_path, 2.0)
-    assert step.is_done(tmp_path)
+    one = step("one", "a.py", "--x=1")
+    assert not one.is_done(tmp_path)
+    one.mark_done(tmp_path, 2.0)
+    assert one.is_done(tmp_path)
     with pytest.raises(ValueError, match="done by another command"):
-        study_steps.Step("one", ("python", "a.py", "--x=2")).is_done(tmp_path)
+        step("one", "a.py", "--x=2").is_done(tmp_path)
     assert json.loads((tmp_path / "done" / "one.json").read_text())["seconds"] == 2.0
 
 
 WAITS = "import os, time; [time.sleep(0.02) for _ in range(3000) if not os.path.exists(VALUE.value)]"
+
+
+def step(name: str, *argv: str) -> study_steps.Step:
+    return study_steps.Step(name, (sys.executable, *argv))
 
 
 def script(folder: Path, name: str, text: str) -> str:
@@ -180,11 +187,12 @@ def test_a_worker_does_commands_one_after_the_other_as_if_each_were_typed(tmp_pa
     worker, codes = Worker(), []
     with study_steps.claimed(tmp_path, "step") as claim:
         for number, argv in enumerate(([says, "--value=a"], [fails], [says, "--value=b"], [says], [dies])):
-            worker.begin(argv, tmp_path / "logs" / f"{number}.log", claim)
+            worker.begin(step(str(number), *argv), tmp_path, claim)
             codes.append(ended(worker))
     worker.close(60)
     assert codes == [0, 3, 0, 0, -signal.SIGABRT]
     assert [(tmp_path / "logs" / f"{i}.log").read_text() for i in (0, 2, 3)] == ["a", "b", "None"]
+    assert sorted(note.stem for note in (tmp_path / "done").iterdir()) == ["0", "2", "3"]
 
 
 def test_a_step_is_claimed_by_one_process_and_stays_claimed_while_its_command_runs(tmp_path):
@@ -192,7 +200,7 @@ def test_a_step_is_claimed_by_one_process_and_stays_claimed_while_its_command_ru
     worker = Worker()
     with study_steps.claimed(tmp_path, "waits") as claim, study_steps.claimed(tmp_path, "waits") as second:
         assert claim is not None and second is None
-        worker.begin([script(tmp_path, "waits", WAITS), f"--value={gate}"], tmp_path / "log", claim)
+        worker.begin(step("waits", script(tmp_path, "waits", WAITS), f"--value={gate}"), tmp_path, claim)
     with study_steps.claimed(tmp_path, "waits") as while_it_runs:
         assert while_it_runs is None
     gate.touch()
@@ -200,6 +208,88 @@ def test_a_step_is_claimed_by_one_process_and_stays_claimed_while_its_command_ru
     with study_steps.claimed(tmp_path, "waits") as afterwards:
         assert afterwards is not None
     worker.close(60)
+
+
+GIVES_WORK_AND_WAITS = '''
+import sys, time
+sys.path[:0] = [{launch!r}]
+import study_steps
+from study_worker import Worker
+from pathlib import Path
+folder = Path({folder!r})
+with study_steps.claimed(folder, "waits") as claim:
+    worker = Worker()
+    worker.begin(study_steps.Step("waits", tuple({argv!r})), folder, claim)
+    print("begun", flush=True)
+    time.sleep(60)
+'''
+
+
+def test_what_a_worker_does_counts_even_if_the_study_that_gave_the_work_is_killed(tmp_path):
+    gate = tmp_path / "gate"
+    waits = step("waits", script(tmp_path, "waits", WAITS), f"--value={gate}")
+    text = GIVES_WORK_AND_WAITS.format(launch=str(ROOT / "launch"), folder=str(tmp_path), argv=waits.argv)
+    study = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE)
+    assert study.stdout.readline() == b"begun\n"
+    until = time.monotonic() + 60
+    while (who := study_steps.signed_by(tmp_path, "waits")).split()[1] == str(study.pid):  # the worker is starting
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    study.kill()
+    study.communicate()
+    assert who.startswith("process ") and not waits.is_done(tmp_path)
+    with study_steps.claimed(tmp_path, "waits") as claim:
+        assert claim is None
+    gate.touch()
+    while not waits.is_done(tmp_path):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_study_says_how_much_is_done_and_for_whom_it_waits(tmp_path, capsys):
+    first, second = step("first", "a.py"), step("second", script(tmp_path, "second", "pass"))
+    first.mark_done(tmp_path, 1.0)
+    one = study.Study(study_config.get_config("demo"), tmp_path, jobs=1)
+
+    def plan(*_):
+        if one.elsewhere:  # it has said for whom it waits
+            second_elsewhere.close()
+        return [first, second]
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as second_elsewhere:
+        patch.setattr(study_plan, "plan", plan)
+        patch.setattr(study, "LOOK_SECONDS", 0.1)
+        second_elsewhere.enter_context(study_steps.claimed(tmp_path, "second"))
+        assert one.to_the_end() == (2, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 of 2 steps known so far are done"
+    assert lines[1].startswith(f"second is done by process {os.getpid()} on ") and lines[1].endswith("; waiting")
+    assert lines[2] == "second ..." and lines[3].startswith("[2/2] second")
+
+
+def test_a_name_that_is_no_arm_or_fault_is_told_with_its_field(tmp_path):
+    result = run("--config=configs/study.py:demo", "--config.arms=full,lorra", "--dry_run")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: config.arms names 'lorra'; known: conv_adapter, ")
+    assert result.stderr.count("\n") == 1
+    config = study_config.get_config("simulated")
+    config.few_shot.arms = ("fulll",)
+    with pytest.raises(ValueError, match="config.few_shot.arms names 'fulll'"):
+        study_plan.check_names(config)
+    config = study_config.get_config("simulated")
+    study_plan.check_names(config)
+    config.ablations = ("squezed",)
+    with pytest.raises(ValueError, match="config.ablations names 'squezed'; known: permuted_channels, squeezed"):
+        study_plan.check_names(config)
+
+
+def test_expected_results_are_read_before_the_work(tmp_path):
+    (tmp_path / "empty.json").write_text("{}")
+    for file, words in (("none.json", "no such file"), ("empty.json", "holds no results of a study")):
+        result = run("--config=configs/study.py:demo", f"--workdir={tmp_path / 'study'}",
+                     f"--expected={tmp_path / file}")  # fmt: skip
+        assert result.returncode == 1 and words in result.stderr and result.stderr.count("\n") == 1
+        assert not (tmp_path / "study").exists()
 
 
 def test_a_study_without_data_says_in_one_line_what_to_do(tmp_path):

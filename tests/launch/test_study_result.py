@@ -97,14 +97,16 @@ def test_published_results_are_compared_and_other_files_refused(study):
     _, folder = study
     mine = {"estimates": {"drop": {"mean": 0.3, "low": 0.2, "high": 0.4}}}
     (folder / "results.json").write_text(json.dumps(mine))
-    assert study_result.compared(folder, folder / "results.json")[1]
-    other = folder / "other.json"
-    other.write_text(json.dumps({"estimates": {"drop": {"mean": 0.1, "low": 0.0, "high": 0.2}}}))
-    said, agrees = study_result.compared(folder, other)
+    assert study_result.compared(folder, study_result.published(folder / "results.json"))[1]
+    said, agrees = study_result.compared(folder, {"drop": {"mean": 0.1, "low": 0.0, "high": 0.2}})
     assert not agrees and "0 of 1" in said and "drop: 0.3, published 0.1" in said
-    other.write_text("[]")
-    with pytest.raises(ValueError, match="no results of a study"):
-        study_result.compared(folder, other)
+    said, agrees = study_result.compared(folder, {**mine["estimates"], "lora, 30 cases": {"mean": 0.1}})
+    assert not agrees and said.startswith("not the same study: 1 of the 2") and "'lora, 30 cases'" in said
+    other = folder / "other.json"
+    for text in ("[]", "{}", '{"estimates": {}}', '{"estimates": {"drop": 0.3}}', "no JSON"):
+        other.write_text(text)
+        with pytest.raises(ValueError, match="no results of a study"):
+            study_result.published(other)
 
 
 def test_a_study_without_full_is_compared_with_no_adaptation_alone(study):
