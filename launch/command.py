@@ -68,6 +68,9 @@ def one_line(error: BaseException) -> str:
             "more again (config.model.remat=block)"
         )
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    # ml_collections reads a config file when its first field is asked for.
+    if absent := re.search(r"Failed loading config file.*No such file or directory: '(.*?)'", text, re.DOTALL):
+        text = f"--config={absent[1]}: no such file; the configs are configs/*.py, some with :VARIANT after the name"
     return " ".join(text.split()) or type(error).__name__
 
 
@@ -109,8 +112,6 @@ def _told(error: Exception) -> str:
         return f"the config has no field {name.rstrip('?')}{meant} configs/default.py lists them"
     if absent := re.match(r"flag --(\w+)=None: Flag --\1 must have a value other than None", text):
         return f"no --{absent[1]}: {flags.FLAGS[absent[1]].help}"
-    if absent := re.search(r"Failed loading config file.*No such file or directory: '(.*?)'", text, re.DOTALL):
-        return f"--config={absent[1]}: no such file; the configs are configs/*.py, with :VARIANT after the name or not"
     if "Traceback" in text:  # an error inside a config file: its last line says what
         return f"{text.splitlines()[0]} {text.splitlines()[-1]}"
     return text

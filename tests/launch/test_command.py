@@ -87,7 +87,7 @@ def test_traceback_of_a_thread_is_dropped_only_where_another_process_was_lost(er
 
 
 @pytest.mark.parametrize("arguments, told", [
-    (("launch/train.py", "--config=configs/pefft.py"), "error: --config=configs/pefft.py: no such file; "),
+    (("launch/train.py", "--config=configs/pefft.py", "--dry_run"), "error: --config=configs/pefft.py: no such file; "),
     (("launch/train.py", "--config=configs/peft.py", "--config.peft.metod=lora"),
      'error: the config has no field \'metod\', did you mean "method"? configs/default.py lists them'),
     (("launch/train.py", "--config=configs/peft.py", "--config.xyz=1"),
