@@ -119,7 +119,7 @@ def _parse_header(path: Path, head: bytes) -> nib.Nifti1Header:
     """Header from the first bytes of a file, either byte order, NIfTI-1 or NIfTI-2."""
     sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")} & _HEADERS.keys()
     if not sizes or len(head) < (size := sizes.pop()):
-        raise NiftiError(path, "unreadable file", "has no NIfTI header")
+        raise NiftiError(path, "unreadable file", "has no NIfTI header" if head else "is empty; copy it again")
     at, magic = _MAGICS[size]
     if head[at : at + len(magic)] != magic:
         raise NiftiError(path, "unreadable file", "is not a NIfTI file with header and voxels in one")

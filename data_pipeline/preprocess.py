@@ -172,11 +172,23 @@ def _stop_if_bad(problems: Sequence[Problem], folder: str | Path, skip_bad: bool
 
 
 def _print_problems(problems: Sequence[Problem]) -> None:
-    for problem in problems[:_MOST_SHOWN]:
+    """Every case that is left out, by its first problem; and the first few of what else there is to say."""
+    left_out: dict[str, list[Problem]] = {}
+    others = []
+    for problem in problems:
+        if problem.case_id and not problem.warning:
+            left_out.setdefault(problem.case_id, []).append(problem)
+        else:
+            others.append(problem)
+    for problem in others[:_MOST_SHOWN]:
         print(f"{'warning' if problem.warning else 'left out'}: {problem}", file=sys.stderr)
-    if len(problems) > _MOST_SHOWN:
-        more = len(problems) - _MOST_SHOWN
+    if len(others) > _MOST_SHOWN:
+        more = len(others) - _MOST_SHOWN
         print(f"... and {more} more; launch/preprocess.py --check-only lists all", file=sys.stderr)
+    for first, *rest in left_out.values():
+        print(f"left out: {first}{f' (and {len(rest)} more problems)' if rest else ''}", file=sys.stderr)
+    if left_out:
+        print(f"{len(left_out)} case{'s' * (len(left_out) > 1)} left out", file=sys.stderr)
 
 
 def _refuse_other_cases(path: Path, cases: Sequence[Case], problems: Sequence[Problem]) -> None:

@@ -31,6 +31,7 @@ def cache_compilations() -> None:
 
 # What an operating system says in one word, with its remedy: errno -> text after the path.
 _PATH_ERRORS = {
+    errno.ENOENT: "there is no such file or folder; check the path",
     errno.ENOTDIR: "part of this path is a file where a folder is needed; give another path, or move the file away",
     errno.EEXIST: "is a file where a folder is needed; give another path, or move the file away",
     errno.EISDIR: "is a folder where a file is needed; give the path of a file",
@@ -47,15 +48,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
 
 
-def could_not_write_weights(error: BaseException) -> bool:
-    """Whether safetensors failed to write a file, which it tells in an error of its own; it is not imported here."""
-    return type(error).__name__ == "SafetensorError"
-
-
 def one_line(error: BaseException) -> str:
     """The error as one line without control characters."""
-    if could_not_write_weights(error):
-        return f"the weights cannot be written ({' '.join(str(error).split())}): make room or give another path"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         return _PATH_ERRORS[errno.ENOSPC]
     if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename:
@@ -136,8 +130,7 @@ def run(main: Callable[[Any], int | None], parse: Callable[[Sequence[str]], Any]
             print("interrupted", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
         except Exception as error:
-            told = isinstance(error, USER_ERRORS) or ran_out_of_memory(error) or could_not_write_weights(error)
-            if DEBUG.value or not told:
+            if DEBUG.value or not (isinstance(error, USER_ERRORS) or ran_out_of_memory(error)):
                 raise
             print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(1)

@@ -112,7 +112,7 @@ def import_checkpoint() -> None:
     info = modeldir.ModelInfo(
         kwargs=kwargs, channels=tuple(channels), normalization=said("normalization", NORMALIZATION.value), output=kind,
         label_scheme=CANONICAL_SCHEME, regions=regions,
-        patch_voxels=tuple(int(size) for size in PATCH_VOXELS.value[: int(kwargs["dim"][0])]),
+        patch_voxels=tuple(int(size) for size in said("patch_voxels", PATCH_VOXELS.value)[: int(kwargs["dim"][0])]),
         provenance={"converted": provenance},
     )  # fmt: skip
     modeldir.save_model(OUTPUT.value, info, flat)

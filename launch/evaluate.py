@@ -127,12 +127,16 @@ def read_folders(workers: int) -> tuple[list[cohort.Folder], cohort.Folder]:
     given = dict(value.partition("=")[::2] for value in LABELS.value)
     if unknown := set(given) - {"references", *runs}:
         raise ValueError(f"--labels names {sorted(unknown)}; the folders are references, {', '.join(runs)}")
+    for path in (REFERENCES.value, *runs.values()):
+        labelmaps.find(path)  # before any is read: that takes minutes
     folders = [
         with_scheme(cohort.open_folder(name, path, workers), given, as_is=bool(REGIONS.value))
         for name, path in {"references": REFERENCES.value, **runs}.items()
     ]
     for folder in folders:
         print(f"{folder.name}: {len(folder.files)} label maps in {folder.path}, labels {folder.scheme}")
+        if all(set(present) <= {0} for present in folder.values.values()):
+            print(f"WARNING: every label map of {folder.name} is empty", file=sys.stderr)
     return folders[1:], folders[0]
 
 

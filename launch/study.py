@@ -50,19 +50,32 @@ class Stopped(Exception):
 
 
 @dataclass
-class Running:
-    """A step at work: who does it, its claim and when it began."""
+class Clock:
+    """How long a step has been at work, and when that is told next."""
 
-    step: study_steps.Step
-    worker: Worker
-    claim: contextlib.ExitStack
     began: float = field(default_factory=time.monotonic)
     tell_after: float = TELL_SECONDS
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Since it began, or was first seen."""
         return time.monotonic() - self.began
+
+    def is_due(self) -> bool:
+        """Whether it is to be told now; then the next time is put off."""
+        due = self.seconds > self.tell_after
+        self.tell_after *= 1 + due
+        return due
+
+
+@dataclass
+class Running:
+    """A step at work: who does it, its claim and since when."""
+
+    step: study_steps.Step
+    worker: Worker
+    claim: contextlib.ExitStack
+    clock: Clock = field(default_factory=Clock)
 
 
 class Study:
@@ -74,7 +87,7 @@ class Study:
         self.idle: list[Worker] = []
         self.done: set[str] = set()
         self.acted = False  # a step that needed no process was done: there may be others now
-        self.elsewhere: set[str] = set()  # steps that other processes were seen to do
+        self.elsewhere: dict[str, Clock] = {}  # steps that other processes do, while this one waits for them
 
     def to_the_end(self) -> tuple[int, int]:
         """Does every step; returns how many there were, and how many of them were done before.
@@ -91,6 +104,9 @@ class Study:
                     before = len(steps) - len(waiting)
                     if before:
                         print(f"{before} of {len(steps)} steps known so far are done", flush=True)
+                for name in self.done & self.elsewhere.keys():
+                    clock = self.elsewhere.pop(name)
+                    self._say(name, len(steps), f"  {clock.seconds:.0f} s waited for another process")
                 if not waiting and not self.running:
                     return len(steps), before
                 ready = [step for step in waiting if self.done.issuperset(step.needs)]
@@ -98,7 +114,7 @@ class Study:
                     if len(self.running) < self.jobs:
                         self._begin(step, len(steps))
                 if not self.running and not self.acted:
-                    self._say_who_works(ready)
+                    self._wait_for(ready)
                 self._collect(len(steps))
         finally:
             self._stop()
@@ -131,7 +147,7 @@ class Study:
             step.mark_done(self.folder, time.monotonic() - began)
             stack.close()
             self.acted = True
-            self._say(step, known, "")
+            self._say(step.name, known, "")
 
     def _collect(self, known: int) -> None:
         """Waits until a command ends, or long enough to look around again, and takes note."""
@@ -159,26 +175,27 @@ class Study:
         if code:
             raise ValueError(f"step {step.name!r} ended with exit code {code}: {said} (log: {log}; command: "
                              f"{step.shown()})")
-        self._say(step, known, f"  {running.seconds:.0f} s  {said[:100]}")
+        self._say(step.name, known, f"  {running.clock.seconds:.0f} s  {said[:100]}")
 
-    def _say(self, step: study_steps.Step, known: int, rest: str) -> None:
-        self.done.add(step.name)
-        print(f"[{len(self.done)}/{known}] {step.name}{rest}", flush=True)
+    def _say(self, name: str, known: int, rest: str) -> None:
+        self.done.add(name)
+        print(f"[{len(self.done)}/{known}] {name}{rest}", flush=True)
 
     def _say_how_far(self) -> None:
         """The last line of every step that has been at work for long, at growing intervals."""
-        for name, running in self.running.items():
-            if running.seconds > running.tell_after:
-                running.tell_after *= 2
+        own = {name: running.clock for name, running in self.running.items()}
+        for name, clock in (own or self.elsewhere).items():
+            if clock.is_due():
                 said = study_steps.last_line(study_steps.log_of(self.folder, name))
-                print(f"{name} ... {running.seconds:.0f} s  {said[:100]}", flush=True)
+                print(f"{name} ... {clock.seconds:.0f} s  {said[:100]}", flush=True)
 
-    def _say_who_works(self, ready: list[study_steps.Step]) -> None:
+    def _wait_for(self, ready: list[study_steps.Step]) -> None:
         """Names the processes whose steps this one has to wait for, once each."""
         for step in ready:
             if step.name not in self.elsewhere:
-                self.elsewhere.add(step.name)
-                print(f"{step.name} is done by {study_steps.signed_by(self.folder, step.name)}; waiting", flush=True)
+                self.elsewhere[step.name] = Clock()
+                who = study_steps.signed_by(self.folder, step.name)
+                print(f"{step.name} is at work in {who}; waiting", flush=True)
 
     def _stop(self) -> None:
         """Asks what still runs to save and end."""

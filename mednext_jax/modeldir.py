@@ -9,7 +9,6 @@ whole or not at all, and its parameters are checked against the network and thei
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -19,9 +18,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from mednext_jax import directories
+from mednext_jax import directories, tensor_file
 from mednext_jax.nn import paths
 from mednext_jax.nn.mednext import MedNeXt, parameter_shapes
 
@@ -29,7 +28,6 @@ FORMAT = "mednext_jax.model"
 FORMAT_VERSION = 1
 DESCRIPTION_FILE = "model.json"
 PARAMETERS_FILE = "model.safetensors"
-_shapes_of = functools.lru_cache(maxsize=8)(parameter_shapes)  # tracing a network takes a second
 OUTPUTS = ("regions", "labels")
 # Far above any network there is: a forged description must not keep the machine busy building one.
 MOST = {"n_channels": 2**12, "in_channels": 2**10, "n_classes": 2**10, "kernel_size": 99, "exp_r": 2**10,
@@ -138,7 +136,7 @@ def save_model(path: str | os.PathLike, info: ModelInfo, params: Mapping[str, An
     except TypeError as error:
         raise ValueError(f"the description of the model for {path} is not plain JSON: {error}") from None
     with directories.replacing(path, (DESCRIPTION_FILE, PARAMETERS_FILE), "a model") as staging:
-        save_file(flat, staging / PARAMETERS_FILE)
+        tensor_file.write(staging / PARAMETERS_FILE, flat)
         (staging / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
     return info
 
@@ -227,7 +225,7 @@ def _check_network(info: ModelInfo, flat: Mapping[str, np.ndarray], where: str) 
     if network.n_classes != info.n_outputs:
         raise ValueError(f"{where}: the network has {network.n_classes} outputs, but output={info.output!r} "
                          f"with regions {info.regions} needs {info.n_outputs}")
-    expected = _shapes_of(network)
+    expected = parameter_shapes(network)
     absent, foreign = expected.keys() - flat.keys(), flat.keys() - expected.keys()
     for kind, leaves in (("lacks", absent), ("has the unexpected", foreign)):
         if leaves:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import numpy as np
@@ -61,6 +62,16 @@ def test_model_comes_back_as_it_was_saved(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
 
 
+def test_files_get_the_permissions_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_model(tmp_path / "model", INFO, PARAMS)
+    finally:
+        os.umask(before)
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in (tmp_path / "model").iterdir()}
+    assert modes == {modeldir.DESCRIPTION_FILE: "0o640", modeldir.PARAMETERS_FILE: "0o640"}
+
+
 def test_network_takes_changes_and_hashable_arguments():
     network = INFO.network(deep_supervision=True)
     assert network.deep_supervision and network.n_channels == 2 and network.exp_r == (1,) * 9
@@ -114,7 +125,7 @@ def test_failed_write_keeps_the_old_model(saved, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(modeldir, "save_file", full_disk)
+    monkeypatch.setattr(modeldir.tensor_file, "write", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_model(saved, INFO, parameters(seed=1))
     monkeypatch.undo()

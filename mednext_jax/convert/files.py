@@ -22,8 +22,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
+from mednext_jax import tensor_file
 from mednext_jax.convert import torch_file
 from mednext_jax.convert.tensors import FileTensor, contiguous_strides
 
@@ -71,7 +71,7 @@ def write_safetensors(path: str | os.PathLike, state_dict: Mapping[str, np.ndarr
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(dict(state_dict), temporary, metadata={"format": "pt"})
+        tensor_file.write(temporary, state_dict, {"format": "pt"})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

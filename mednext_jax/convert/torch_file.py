@@ -117,7 +117,8 @@ def load(path: Path) -> tuple[Any, list[str]]:
     try:
         return _load_zip(path) if zipfile.is_zipfile(path) else _load_stream(path)
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{path} is not a PyTorch file, or it is damaged or truncated ({error})") from None
+        detail = "" if isinstance(error, KeyError) else f" ({error})"  # an unknown code of the pickle says nothing
+        raise ValueError(f"{path} is not a PyTorch file, or it is damaged or truncated{detail}") from None
 
 
 def _load_zip(path: Path) -> tuple[Any, list[str]]:

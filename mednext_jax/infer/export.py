@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from mednext_jax import directories, modeldir
+from mednext_jax import directories, modeldir, tensor_file
 from mednext_jax.infer import ensemble
 from mednext_jax.infer.sliding_window import ACTIVATIONS
 from mednext_jax.nn import paths
@@ -102,7 +102,7 @@ def export_model(
     }  # fmt: skip
     with directories.replacing(output, names, "an export") as staging:
         (staging / PROGRAM_FILE).write_bytes(serialized)
-        save_file(flat, staging / PARAMETERS_FILE)
+        tensor_file.write(staging / PARAMETERS_FILE, flat)
         (staging / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     return description
 

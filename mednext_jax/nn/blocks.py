@@ -5,6 +5,7 @@ plane of an up block's output is exactly zero along every axis, and the norm of 
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -105,10 +106,9 @@ def front_plane(y: Array) -> Array:
 
 def _spread(y: Array, between: Array) -> Array:
     """Puts ``y`` (B, n, C) at the even places of (B, 2n - 1, C) and the vector ``between`` at all others."""
-    spatial = y.ndim - 2
-    shape = (y.shape[0], *(2 * n - 1 for n in y.shape[1:-1]), y.shape[-1])
-    even = (slice(None), *(slice(None, None, 2),) * spatial)
-    return jnp.broadcast_to(between, shape).at[even].set(y)
+    gaps = ((0, 0, 0), *((0, 0, 1),) * (y.ndim - 2), (0, 0, 0))
+    given = jax.lax.pad(jnp.ones((1, *y.shape[1:-1], 1), bool), False, gaps)
+    return jnp.where(given, jax.lax.pad(y, jnp.zeros((), y.dtype), gaps), between)
 
 
 def hosted(module: nn.Module, x: Array, y: Array) -> Array:

@@ -54,8 +54,8 @@ class Weights:
 def torch_uniform(fan_in: int):
     """Uniform within ``1 / sqrt(fan_in)``: torch's default for convolutions, kernel and bias alike."""
 
-    def initializer(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        return jnp.asarray((2 * uniform_by_hash(key, shape) - 1) * np.float32(fan_in**-0.5), dtype)
+    def initializer(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array | np.ndarray:
+        return ((2 * uniform_by_hash(key, shape) - 1) * np.float32(fan_in**-0.5)).astype(dtype)
 
     return initializer
 

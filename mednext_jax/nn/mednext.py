@@ -222,7 +222,7 @@ def create_mednext(
 
 def parameter_shapes(model: MedNeXt) -> dict[str, jax.ShapeDtypeStruct]:
     """Path, shape and dtype of every parameter, without computing anything."""
-    return dict(_parameter_shapes(model))
+    return dict(_parameter_shapes(model.clone(dtype=jnp.float32, remat="mlp")))  # neither has a part in them
 
 
 @functools.lru_cache(maxsize=64)

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from mednext_jax import modeldir
+from mednext_jax import modeldir, tensor_file
 from mednext_jax.nn import paths
 from mednext_jax.nn.mednext import parameter_shapes
 from mednext_jax.peft import adapter_card, attach, merging, registry, rules
@@ -121,7 +121,7 @@ def save_adapter(
         ) from None
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / TENSORS_FILE, lambda file: save_file(tensors, file))
+    _write(directory / TENSORS_FILE, lambda file: tensor_file.write(file, tensors))
     _write(directory / CARD_FILE, lambda file: file.write_text(adapter_card.card(config), encoding="utf-8"))
     _write(directory / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
     return directory

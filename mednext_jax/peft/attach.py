@@ -53,15 +53,15 @@ def fit(model: Any, adapters: tuple, rule: rules.Rule) -> tuple[Any, dict[str, A
     return adapted, shapes
 
 
-def draw(model: Any, key: Any, wanted: set[str]) -> dict[str, jax.Array]:
-    """The initial values of the ``wanted`` paths.
+def draw(model: Any, key: Any, wanted: set[str] | None = None) -> dict[str, Any]:
+    """The initial values of the ``wanted`` paths, or of all: arrays of NumPy or JAX.
 
     The network itself is only traced; what depends on the key alone is computed on the way, so nothing is compiled
     for it (a program that draws MedNeXt-S takes longer to compile than most of what it is then trained with).
     """
-    if not wanted:
-        return {}
     drawn = {}
+    if wanted is not None and not wanted:
+        return drawn
 
     def network(x):
         with jax.ensure_compile_time_eval():
@@ -69,7 +69,7 @@ def draw(model: Any, key: Any, wanted: set[str]) -> dict[str, jax.Array]:
 
     x = jax.ShapeDtypeStruct((1, *(DIVISOR,) * int(model.dim[0]), model.in_channels), jnp.float32)
     jax.eval_shape(network, x)
-    return {path: drawn[path] for path in sorted(wanted)}
+    return {path: drawn[path] for path in sorted(drawn if wanted is None else wanted)}
 
 
 @functools.cache

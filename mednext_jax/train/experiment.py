@@ -13,7 +13,7 @@ from mednext_jax import modeldir, peft
 from mednext_jax.infer.sliding_window import SlidingWindow
 from mednext_jax.nn import paths
 from mednext_jax.nn.mednext import DIVISOR, MedNeXt
-from mednext_jax.train import augment, devices, limits, losses, network, optimizer, schedules
+from mednext_jax.train import augment, limits, losses, network, optimizer, schedules
 from mednext_jax.train import step as train_step
 from mednext_jax.train.validation import LoadCase
 
@@ -201,7 +201,5 @@ def order_seed(config: Mapping[str, Any]) -> int:
 
 def initial_state(config: Mapping[str, Any], experiment: Experiment) -> train_step.TrainState:
     """The state before the first step, on the host."""
-    state = train_step.init_state(
-        experiment.trainable, experiment.tx, order_seed(config), use_ema=config["optim"]["ema_decay"] > 0
-    )
-    return devices.to_host(state)
+    use_ema = config["optim"]["ema_decay"] > 0
+    return train_step.init_state(experiment.trainable, experiment.tx, order_seed(config), use_ema)

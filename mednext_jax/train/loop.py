@@ -132,6 +132,7 @@ class Run:
     def compile(self) -> Any:
         """The compiled step; says how long it took and what it costs."""
         started = time.monotonic()
+        self.log.say("compiling the training step: seconds on a GPU, a minute or two on a CPU")
         batch = experiment.batch_shapes(self.config, len(self.data.contract.channels))
         compiled = compile_step(self.parts.step, self.mesh, self.state, self.frozen, batch, self.shard_optimizer)
         devices.meet("compiled")

@@ -123,11 +123,8 @@ def _drawn(config: Mapping[str, Any], data: DataContract) -> Start:
         deep_supervision=config["model"]["deep_supervision"],
         **{"kernel_size": 3, **wanted_arguments(config)},
     )
-    every = set(parameter_shapes(model))
-    flat = attach.draw(model, jax.random.key(config["seed"]), every)
-    return Start(
-        described(info, model), paths.unflatten(flat), frozenset(every), ["all parameters drawn anew"]
-    )
+    flat = attach.draw(model, jax.random.key(config["seed"]))
+    return Start(described(info, model), paths.unflatten(flat), frozenset(flat), ["all parameters drawn anew"])
 
 
 def _loaded(config: Mapping[str, Any], data: DataContract) -> Start:

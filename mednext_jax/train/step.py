@@ -42,14 +42,17 @@ class TrainState(NamedTuple):
 
 
 def init_state(trainable: Flat, tx: optax.GradientTransformation, seed: int, use_ema: bool) -> TrainState:
-    """The state before the first step; the average starts at the initial parameters."""
+    """The state before the first step, on the host; the average starts at the initial parameters."""
+    own = devices.to_host(dict(trainable))
+    # Every transform of ``optimizer.py`` starts at zero; made on a device, each shape would be a program to compile.
+    optimizer = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(tx.init, own))
     return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        trainable=dict(trainable),
-        optimizer=tx.init(dict(trainable)),
-        ema={path: jnp.array(leaf, copy=True) for path, leaf in trainable.items()} if use_ema else {},
-        bad_steps=jnp.zeros((), jnp.int32),
-        key=jax.random.key_data(jax.random.key(seed)),
+        step=np.zeros((), np.int32),
+        trainable=own,
+        optimizer=optimizer,
+        ema=devices.to_host(own) if use_ema else {},
+        bad_steps=np.zeros((), np.int32),
+        key=np.array(jax.random.key_data(jax.random.key(seed))),
     )
 
 

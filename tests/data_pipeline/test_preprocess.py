@@ -180,6 +180,19 @@ def test_bad_cases_stop_the_run_and_keep_the_good_ones(raw_case, tmp_path):
     assert make(tmp_path, skip_bad=True).case_ids == ["BraTS-SSA-00001-000"]
 
 
+def test_every_case_that_is_left_out_is_named_once_and_counted(raw_case, tmp_path, capfd):
+    raw_case("BraTS-SSA-00001-000")
+    for number in range(2, 10):
+        raw_case(f"BraTS-SSA-{number:05d}-000", t1n=np.full(SHAPE, np.nan), t1c=np.full(SHAPE, np.nan))
+    raw_case("BraTS-SSA-00010-000", t2w=None)
+    make(tmp_path, skip_bad=True, progress=True)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
+    assert len(lines) == 10 and lines[-1] == "9 cases left out"
+    named = {line.split(": ")[1] for line in lines[:-1]}
+    assert named == {f"BraTS-SSA-{number:05d}-000" for number in range(2, 11)}
+    assert sum("(and 1 more problems)" in line for line in lines) == 8
+
+
 def test_pipe_or_endless_device_among_the_scans_is_a_problem_of_that_case(raw_case, tmp_path):
     first = raw_case("BraTS-SSA-00001-000")["t1n"]
     second = raw_case("BraTS-SSA-00002-000")["t2f"]

@@ -52,6 +52,7 @@ def test_convert_writes_a_model_that_computes_the_same_in_our_order_of_channels_
 
 def test_convert_says_what_it_assumed_and_left_out(converted):
     said = converted[1]
+    assert "assumed: --patch_voxels=128,128,128" in said
     assert "assumed: --normalization=zscore_brain" in said and "assumed: --output_kind=labels" in said
     assert "assumed: --channels" not in said and "assumed: --label_scheme" not in said
     assert "dice_loss_fn.class_weight" in said and "dummy_tensor is 0.75" in said

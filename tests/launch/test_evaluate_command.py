@@ -217,6 +217,18 @@ def test_a_place_that_can_not_be_written_is_told_before_anything_is_read(tmp_pat
         assert "a file where a folder is needed; give another path" in err and str(tmp_path / "file") in err
 
 
+def test_folders_are_looked_for_before_any_is_read_and_empty_label_maps_are_told(tmp_path):
+    labels = np.zeros((8, 9, 10), np.uint8)
+    _nifti(tmp_path / "pred" / "a.nii.gz", labels)
+    labels[2:6, 2:6, 2:6] = 1
+    _nifti(tmp_path / "refs" / "a.nii.gz", labels)
+    arguments = (f"--references={tmp_path / 'refs'}", f"--output={tmp_path / 'out'}", *QUICK)
+    code, out, err = _evaluate(f"--predictions={tmp_path / 'absent'}", *arguments)
+    assert (code, out) == (1, "") and "absent: no such folder" in err
+    code, out, err = _evaluate(f"--predictions={tmp_path / 'pred'}", *arguments)
+    assert code == 0 and err == "WARNING: every label map of pred is empty\n"
+
+
 def test_regions_of_any_label_map_are_given_by_json(tmp_path):
     labels = np.zeros((8, 9, 10), np.uint8)
     labels[2:6, 2:6, 2:6], labels[6, 6, 6] = 7, 12

@@ -247,24 +247,39 @@ def test_what_a_worker_does_counts_even_if_the_study_that_gave_the_work_is_kille
 
 
 def test_a_study_says_how_much_is_done_and_for_whom_it_waits(tmp_path, capsys):
-    first, second = step("first", "a.py"), step("second", script(tmp_path, "second", "pass"))
+    first, second = step("first", "a.py"), step("second", "b.py")
+    third = study_steps.Step("third", (sys.executable, script(tmp_path, "third", "pass")), needs=("second",))
     first.mark_done(tmp_path, 1.0)
     one = study.Study(study_config.get_config("demo"), tmp_path, jobs=1)
 
     def plan(*_):
-        if one.elsewhere:  # it has said for whom it waits
-            second_elsewhere.close()
-        return [first, second]
+        if one.elsewhere and not second.is_done(tmp_path):  # it has said for whom it waits
+            second.mark_done(tmp_path, 1.0)
+            elsewhere.close()
+        return [first, second, third]
 
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as second_elsewhere:
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as elsewhere:
         patch.setattr(study_plan, "plan", plan)
         patch.setattr(study, "LOOK_SECONDS", 0.1)
-        second_elsewhere.enter_context(study_steps.claimed(tmp_path, "second"))
-        assert one.to_the_end() == (2, 1)
+        elsewhere.enter_context(study_steps.claimed(tmp_path, "second"))
+        assert one.to_the_end() == (3, 1)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "1 of 2 steps known so far are done"
-    assert lines[1].startswith(f"second is done by process {os.getpid()} on ") and lines[1].endswith("; waiting")
-    assert lines[2] == "second ..." and lines[3].startswith("[2/2] second")
+    assert lines[0] == "1 of 3 steps known so far are done"
+    assert lines[1].startswith(f"second is at work in process {os.getpid()} on ") and lines[1].endswith("; waiting")
+    assert lines[2].startswith("[2/3] second") and lines[2].endswith("waited for another process")
+    assert lines[3] == "third ..." and lines[-1].startswith("[3/3] third")
+
+
+def test_a_step_at_work_is_told_at_growing_intervals(tmp_path, capsys):
+    one = study.Study(study_config.get_config("demo"), tmp_path, jobs=1)
+    one.elsewhere = {"train": study.Clock(), "older": study.Clock(time.monotonic() - 61)}
+    log = study_steps.log_of(tmp_path, "older")
+    log.parent.mkdir()
+    log.write_text("step 20 loss 0.7\n\n")
+    one._say_how_far()
+    one._say_how_far()
+    assert capsys.readouterr().out == "older ... 61 s  step 20 loss 0.7\n"
+    assert one.elsewhere["older"].tell_after == 120
 
 
 def test_a_name_that_is_no_arm_or_fault_is_told_with_its_field(tmp_path):

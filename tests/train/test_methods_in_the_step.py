@@ -41,7 +41,7 @@ def test_step_moves_clips_averages_and_saves_the_trained_leaves_alone(name, tmp_
     pure = step.make_train_step(every_leaf, lambda y, label: jnp.mean(y), tx, ema_decay=0.5)
     mesh = devices.make_mesh(1)
     batch = {"image": np.ones((1, 2, 2, 2, 1), np.float32), "label": np.zeros((1, 2, 2, 2), np.int32)}
-    before = devices.to_host(step.init_state(trainable, tx, seed=0, use_ema=True))
+    before = step.init_state(trainable, tx, seed=0, use_ema=True)
     compiled = step.compile_step(pure, mesh, before, frozen, batch)
     state, kept = devices.replicate(mesh, (before, frozen))
     state, metrics = compiled(state, kept, devices.shard_batch(mesh, batch), devices.replicate(mesh, np.float32(0.1)))

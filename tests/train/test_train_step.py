@@ -47,7 +47,7 @@ def train(data, n_devices=1, trainable=("stem/kernel", "out_0/kernel"), augment=
     )  # fmt: skip
     pure = step.make_train_step(forward, loss, tx, augment, accumulate, ema_decay)
     mesh = devices.make_mesh(n_devices)
-    state = devices.to_host(step.init_state(params, tx, seed=5, use_ema=ema_decay > 0))
+    state = step.init_state(params, tx, seed=5, use_ema=ema_decay > 0)
     compiled = step.compile_step(pure, mesh, state, frozen, data[0], shard)
     state = devices.place(state, step.state_shardings(mesh, state, shard))
     frozen = devices.replicate(mesh, frozen)
@@ -89,7 +89,7 @@ def test_split_optimizer_state_trains_like_a_replicated_one():
 
 def test_split_optimizer_state_lies_in_slices_on_the_devices_and_stays_there():
     tx = optimizer.make_optimizer({**OPTIM, "name": "adamw"}, parameters())
-    state = devices.to_host(step.init_state(parameters(), tx, seed=5, use_ema=False))
+    state = step.init_state(parameters(), tx, seed=5, use_ema=False)
     mesh = devices.make_mesh(2)
     placed = devices.place(state, step.state_shardings(mesh, state, shard_optimizer=True))
     sizes = {leaf.shape: leaf.addressable_shards[0].data.shape for leaf in jax.tree.leaves(placed.optimizer)}
