@@ -237,7 +237,7 @@ def main(_) -> int:
         return REQUEUE
     print(study_result.text(folder))
     minutes = f"{(time.monotonic() - began) / 60:.1f} minutes"
-    print(f"{steps} steps, {f'{steps - before} of them now, in ' if before else ''}{minutes}")
+    print(f"{steps} steps{f' ({before} were done before)' if before else ''}, {minutes}")
     print(f"report: {study_result.page(folder)}")
     if expected is None:
         return 0
