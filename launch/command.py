@@ -53,7 +53,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         return _PATH_ERRORS[errno.ENOSPC]
     if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename:
-        return f"{error.filename}: {_PATH_ERRORS[error.errno]}"
+        return f"{_asked_for(error.filename)}: {_PATH_ERRORS[error.errno]}"
     if ran_out_of_memory(error):
         found = re.search(r"allocating (\d+) bytes", str(error))
         wanted = f" ({int(found[1]) / 2**30:.3g} GiB were wanted at once)" if found else ""
@@ -66,6 +66,12 @@ def one_line(error: BaseException) -> str:
     if absent := re.search(r"Failed loading config file.*No such file or directory: '(.*?)'", text, re.DOTALL):
         text = f"--config={absent[1]}: no such file; the configs are configs/*.py, some with :VARIANT after the name"
     return " ".join(text.split()) or type(error).__name__
+
+
+def _asked_for(filename: Any) -> str:
+    """The path that was to be written, if this is the temporary name of a file or directory on its way there."""
+    name = re.sub(r"/\.([^/]+)\.\d+\.tmp$", r"/\1", os.fsdecode(filename))
+    return re.sub(r"/\.([^/]+)\.(new|old)-\d+(/.*)?$", r"/\1", name)
 
 
 def with_underscores(argv: Sequence[str]) -> list[str]:

@@ -140,6 +140,20 @@ def read_folders(workers: int) -> tuple[list[cohort.Folder], cohort.Folder]:
     return folders[1:], folders[0]
 
 
+def check_output(output: Path) -> None:
+    """Raises ValueError if the results would come among label maps, or in the place of what is no evaluation's."""
+    for folder in (REFERENCES.value, *parse_predictions(PREDICTIONS.value).values()):
+        if output.resolve() == Path(folder).resolve():
+            raise ValueError(f"--output={output} holds the label maps to be measured; give a folder of its own")
+    if (output / "metrics.csv").exists() and not (output / "summary.json").exists():
+        raise ValueError(f"{output / 'metrics.csv'} was not written by this program; choose another --output")
+
+
+def written_at(folder: Path) -> dict[str, int]:
+    """Every file of a folder and when it was written, in nanoseconds."""
+    return {path.name: path.stat().st_mtime_ns for path in sorted(folder.iterdir()) if path.is_file()}
+
+
 def print_result(evaluation: cohort.Evaluation, result: summary.Summary) -> None:
     """The mean Dice of every arm and region; extra cases, and a banner for missing ones."""
     for arm, cases in evaluation.extra.items():
@@ -163,7 +177,9 @@ def main(_) -> int:
         EMPTY.value,
     )
     output = Path(OUTPUT.value)
+    check_output(output)
     output.mkdir(parents=True, exist_ok=True)
+    before = written_at(output)
     arms, references = read_folders(workers)
     evaluation = cohort.evaluate(arms, references, settings, workers, TOLERANCE.value)
     result = summary.summarise(evaluation.table, SEED.value)
@@ -178,7 +194,7 @@ def main(_) -> int:
 
         report.write(output, evaluation, result, made, NOTE.value, IMAGES.value, VIEWER_CASES.value)
     print_result(evaluation, result)
-    print(f"wrote {', '.join(sorted(p.name for p in output.iterdir() if p.is_file()))} to {output}")
+    print(f"wrote {', '.join(name for name, at in written_at(output).items() if at != before.get(name))} to {output}")
     if REQUIRE_ALL.value and evaluation.incomplete:
         print("error: predictions are missing, and --require_all was given", file=sys.stderr)
         return 1

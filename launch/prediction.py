@@ -64,7 +64,7 @@ class Options:
 def find_jobs(
     path: str | Path, normalization: str = DEFAULT, split: str = ""
 ) -> tuple[list[Job], dict[str, str]]:
-    """The cases of a store or of a folder of raw cases, and {case id: problem} of those that cannot be used.
+    """The cases of a store or of a folder of raw cases, and {case id or file: problem} of what cannot be used.
 
     Args:
       normalization: of raw cases, by name: the model's.
@@ -84,7 +84,8 @@ def find_jobs(
         raise ValueError(f"the model expects intensities normalised by {normalization!r}; known for raw cases: "
                          f"{', '.join(NORMALIZATIONS)}; preprocess them yourself and give a store as --input")
     cases, problems = cohorts.survey(path)
-    bad = {p.case_id: f"{p.kind}: {p.message}" for p in problems if p.case_id and not p.warning}
+    # A file whose name says nothing may be a patient's: it is no less a failure than a case that cannot be read.
+    bad = {p.case_id or p.message: f"{p.kind}: {p.message}" if p.case_id else p.kind for p in problems if not p.warning}
     if not cases and not bad:
         raise ValueError(f"{cohorts.shown(path)}: no case found; files must be named like {cohorts.EXAMPLES}")
     load = functools.partial(preprocess.load_for_prediction, normalization=normalization)
@@ -92,11 +93,11 @@ def find_jobs(
 
 
 def check_output(path: str | Path, output: str | Path) -> None:
-    """Raise ValueError if the label maps would come to lie among the cases, where they would pass for theirs."""
+    """Raise ValueError if one folder holds the cases and the label maps, where each would pass for the other."""
     cases, label_maps = Path(path).resolve(), Path(output).resolve()
-    if label_maps.is_relative_to(cases):
-        raise ValueError(f"--output={output} lies in --input={path}: label maps among the scans would later be taken "
-                         "for the cases' own; give a folder outside")
+    if label_maps.is_relative_to(cases) or cases.is_relative_to(label_maps):
+        raise ValueError(f"--output={output} and --input={path} lie in each other: label maps beside scans would later "
+                         "be taken for the cases' own; give a folder apart")
 
 
 def check_data(info: modeldir.ModelInfo, path: str | Path) -> None:
@@ -112,28 +113,27 @@ def begin(output: str | Path, record: Mapping[str, Any], jobs: Sequence[Job], ke
     """Write ``prediction.json`` into ``output``, unless what is there was made by other models or options.
 
     Args:
-      record: JSON; its entries ``models`` and ``options`` must be those of the predictions already there.
+      record: JSON; its entries ``models`` and ``options`` must be those of the predictions that stay.
       keep: keep the label maps that are there; if not, those of ``jobs`` are removed.
 
     Raises:
-      ValueError: see above; or there are label maps of unknown origin.
+      ValueError: see above; or there are label maps of unknown origin. Nothing is removed then.
     """
     output, record = Path(output), json.loads(json.dumps(record))  # tuples are lists once they are read back
     output.mkdir(parents=True, exist_ok=True)
-    if not keep:
-        for job in jobs:
-            _label_map(output, job.case_id).unlink(missing_ok=True)
-    present = next(iter(sorted(output.glob("*.nii.gz"))), None)
-    if present is not None:
-        file = output / RECORD_FILE
-        if not file.is_file():
-            raise ValueError(f"{present} was not written by this program; choose another --output")
+    file, present = output / RECORD_FILE, sorted(output.glob("*.nii.gz"))
+    if present and not file.is_file():
+        raise ValueError(f"{present[0]} was not written by this program; choose another --output")
+    replaced = [] if keep else [_label_map(output, job.case_id) for job in jobs]
+    if staying := sorted(set(present) - set(replaced)):
         before = store_files.read_json(file)
-        changed = [key for key in IDENTITY if before.get(key) != record[key]]
-        if changed:
-            raise ValueError(f"{present} was predicted with other {' and '.join(changed)}; choose another "
-                             "--output, or replace the label maps there with --noskip_existing")
-    atomic.write_json(output / RECORD_FILE, record)
+        if changed := [key for key in IDENTITY if before.get(key) != record[key]]:
+            every = "or replace all label maps there with --noskip_existing and all their cases as --input"
+            raise ValueError(f"{staying[0]} was predicted with other {' and '.join(changed)}; choose another --output, "
+                             f"{every}")
+    for label_map in replaced:
+        label_map.unlink(missing_ok=True)
+    atomic.write_json(file, record)
 
 
 def predict_cases(

@@ -125,7 +125,8 @@ def open_data(config: Mapping[str, Any], workdir: str | Path) -> Data:
         {name: list(values) for name, values in REGIONS.items()},
     )
     validation = _limited(sorted(owners), config["eval"]["max_cases"])
-    return Data(stream, contract, validation, load, name=",".join(Path(store.path).name for store in stores))
+    named = _listed(section["root"]) or [store.path for store in stores]
+    return Data(stream, contract, validation, load, name=",".join(Path(path).name for path in named))
 
 
 def _limited(cases: Sequence[str], most: int) -> list[str]:

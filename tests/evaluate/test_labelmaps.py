@@ -58,6 +58,14 @@ def test_folder_errors_say_what_to_do(tmp_path, labels):
         labelmaps.find(tmp_path)
 
 
+@pytest.mark.parametrize("others", [("CASE/CASE-seg.nii.gz",), ("old/CASE.nii",), ("CASE_seg.nii",)])
+def test_two_label_maps_of_one_case_are_refused_wherever_they_lie(tmp_path, labels, others):
+    for file in ("CASE.nii.gz", "OTHER.nii.gz", *others):
+        _save(tmp_path / file, labels)
+    with pytest.raises(ValueError, match="case CASE is there twice"):
+        labelmaps.find(tmp_path)
+
+
 def test_float_maps_of_whole_numbers_are_read_and_images_refused(tmp_path, labels):
     path = _save(tmp_path / "a.nii.gz", labels.astype(np.float32))
     np.testing.assert_array_equal(labelmaps.read(path), labels)

@@ -35,6 +35,11 @@ def test_errors_of_the_system_name_the_path_and_the_remedy(number, remedy):
     assert line.startswith("/data/out: ") and remedy in line and "Errno" not in line
 
 
+def test_temporary_names_are_told_as_the_path_that_was_asked_for():
+    for name in ("/out/.model.json.4711.tmp", "/out/.model.json.new-4711", "/out/.model.json.old-4711/inside.json"):
+        assert command.one_line(OSError(errno.EROFS, "", name)).startswith("/out/model.json: lies on")
+
+
 def test_memory_of_the_device_that_ran_out_is_told_with_a_remedy():
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes.\n at ...")
     assert command.ran_out_of_memory(error)

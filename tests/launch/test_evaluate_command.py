@@ -229,6 +229,27 @@ def test_folders_are_looked_for_before_any_is_read_and_empty_label_maps_are_told
     assert code == 0 and err == "WARNING: every label map of pred is empty\n"
 
 
+def test_results_do_not_take_the_place_of_what_is_no_evaluations(tmp_path):
+    labels = np.zeros((8, 9, 10), np.uint8)
+    labels[2:6, 2:6, 2:6] = 1
+    for folder in ("refs", "pred"):
+        _nifti(tmp_path / folder / "a.nii.gz", labels)
+    arguments = (f"--predictions={tmp_path / 'pred'}", f"--references={tmp_path / 'refs'}", *QUICK)
+    for folder in ("refs", "pred"):
+        code, _, err = _evaluate(*arguments, f"--output={tmp_path / folder}")
+        assert code == 1 and "holds the label maps to be measured" in err
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.csv").write_text("my,own")
+    code, _, err = _evaluate(*arguments, f"--output={out}")
+    assert code == 1 and "metrics.csv was not written by this program" in err
+    (out / "metrics.csv").rename(out / "mine.csv")
+    for _ in range(2):  # an evaluation is replaced by the same one
+        code, said, err = _evaluate(*arguments, f"--output={out}")
+        assert code == 0, err
+        assert "metrics.csv, report.html, summary.json" in said and "mine.csv" not in said
+
+
 def test_regions_of_any_label_map_are_given_by_json(tmp_path):
     labels = np.zeros((8, 9, 10), np.uint8)
     labels[2:6, 2:6, 2:6], labels[6, 6, 6] = 7, 12

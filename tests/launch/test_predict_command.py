@@ -198,8 +198,35 @@ def test_predictions_of_two_models_or_options_are_not_mixed(tmp_path):
     assert not label_map.exists()
     (tmp_path / "other.nii.gz").touch()
     (tmp_path / prediction.RECORD_FILE).unlink()
+    for keep in (True, False):
+        with pytest.raises(ValueError, match="not written by this program"):
+            prediction.begin(tmp_path, record, [job], keep)
+
+
+def test_no_label_map_is_removed_before_all_may_be_replaced(tmp_path):
+    record = {"models": ["sha256:1"], "options": {}}
+    jobs = [prediction.Job(f"BraTS-SSA-{number:05d}-000", lambda: None) for number in range(3)]
+    files = [tmp_path / f"{job.case_id}.nii.gz" for job in jobs]
+    for file in files:
+        file.touch()
     with pytest.raises(ValueError, match="not written by this program"):
-        prediction.begin(tmp_path, record, [job])
+        prediction.begin(tmp_path, record, jobs, keep=False)
+    (tmp_path / prediction.RECORD_FILE).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="00002-000.nii.gz was predicted with other models"):
+        prediction.begin(tmp_path, {**record, "models": ["sha256:2"]}, jobs[:2], keep=False)
+    assert all(file.exists() for file in files)
+    prediction.begin(tmp_path, record, jobs[:1], keep=False)  # same model: only what is asked for is made again
+    assert [file.exists() for file in files] == [False, True, True]
+
+
+def test_files_whose_names_say_nothing_are_failures(tmp_path):
+    name, _ = write_case(tmp_path / "in", 1, AFFINES["flipped"])
+    (tmp_path / "in" / "Pazient\u00e9").mkdir()
+    strange = tmp_path / "in" / "Pazient\u00e9" / "Pazient\u00e9-t1n.nii.gz"
+    strange.write_bytes((tmp_path / "in" / name / f"{name}-t1n.nii.gz").read_bytes())
+    jobs, bad = prediction.find_jobs(tmp_path / "in")
+    assert [job.case_id for job in jobs] == [name]
+    assert list(bad.values()) == ["unknown name"] and str(strange) in next(iter(bad))
 
 
 @pytest.fixture(scope="module")
@@ -292,8 +319,9 @@ def test_bad_arguments_are_one_line_and_exit_code_1(tmp_path, model, command):
         ({"input": tmp_path / "empty"}, "no case found"),
         ({"patch_voxels": "16,16,20"}, "divisible by 16"),
         ({"thresholds": "WT=0.5"}, "one per region like WT:0.5"),
-        ({"output": tmp_path / "in"}, "lies in --input"),
-        ({"output": tmp_path / "in" / "out"}, "lies in --input"),
+        ({"output": tmp_path / "in"}, "lie in each other"),
+        ({"output": tmp_path / "in" / "out"}, "lie in each other"),
+        ({"output": tmp_path}, "lie in each other"),
     ]:
         result = command(*[f"--{name}={value}" for name, value in {**good, **change}.items()])
         assert result.returncode == 1 and words in result.stderr, result.stderr
