@@ -221,8 +221,14 @@ def create_mednext(
 
 
 def parameter_shapes(model: MedNeXt) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path, shape and dtype of every parameter, without computing anything."""
-    return dict(_parameter_shapes(model.clone(dtype=jnp.float32, remat="mlp")))  # neither has a part in them
+    """Path, shape and dtype of every parameter, without computing anything.
+
+    Raises:
+      ValueError, TypeError: arguments that no network can have.
+    """
+    jnp.dtype(model.dtype)  # raises TypeError if there is no such type
+    known = model.clone(remat="mlp") if model.remat in REMAT else model
+    return dict(_parameter_shapes(known.clone(dtype=jnp.float32)))  # neither has a part in them
 
 
 @functools.lru_cache(maxsize=64)

@@ -58,6 +58,11 @@ def write_cases(root: Path, count: int = 10, shape: tuple[int, ...] = (22, 19, 1
     return root
 
 
+def is_dump(text: str) -> bool:
+    """Whether there is a traceback in it, or a dump of the interpreter's stack."""
+    return "Traceback" in text or "Fatal Python error" in text
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a process ended.
@@ -78,7 +83,7 @@ class Outcome:
         """Whether the last line says what was wrong, without a traceback or a dump of the interpreter's stack."""
         lines = self.errors.strip().splitlines()
         said = bool(lines) and lines[-1].startswith("error: ")
-        return said and not any(dump in self.errors + self.output for dump in ("Traceback", "Fatal Python error"))
+        return said and not is_dump(self.errors + self.output)
 
     @property
     def clean(self) -> bool:

@@ -154,7 +154,10 @@ def lose_processes(flags: Sequence[str], folder: Path, times: int, seed: int) ->
         # An error in Python, or JAX's client that noticed first and aborts the process.
         ended = end.told and end.code in (1, -signal.SIGABRT)
         if not ended or "start the same command again" not in end.errors:
-            found.faults.append(f"survivor {number}: code {end.code}: {end.errors[-600:]}")
+            dumped = [line for line in end.errors.splitlines() if bench.is_dump(line)]
+            at = end.errors.find(dumped[0]) if dumped else 0
+            shown = f"{end.errors[at : at + 2000]} ... {end.errors[-300:]}"
+            found.faults.append(f"survivor {number}: code {end.code}: {shown}")
     if not _failed(found, "going on", run(flags, workdir, 2, 2)):
         names = kills.differing(kills.outcome(folder / "straight"), kills.outcome(workdir))
         found.faults += [f"after lost processes {names} differ"] if names else []

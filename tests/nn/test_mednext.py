@@ -33,6 +33,15 @@ def test_flatten_and_unflatten_are_inverse():
     assert unflatten(flat) == nested
 
 
+def test_shapes_are_the_same_for_every_dtype_and_memory_option_and_wrong_ones_are_refused():
+    first, *others = (parameter_shapes(MedNeXt(**TINY, **option))
+                      for option in ({}, {"dtype": "bfloat16"}, {"remat": "none"}, {"remat": "block"}))  # fmt: skip
+    assert first and all(shapes == first for shapes in others)
+    for option, error in (({"dtype": "os.system"}, TypeError), ({"remat": "much"}, ValueError)):
+        with pytest.raises(error):
+            parameter_shapes(MedNeXt(**TINY, **option))
+
+
 def test_logits_have_the_inputs_size_and_deep_supervision_halves_it_four_times():
     model = MedNeXt(**TINY | {"deep_supervision": True})
     params, x = started(model)
