@@ -58,11 +58,13 @@ def join_processes(coordinator: str = "", process_count: int = 0, process_id: in
 def lost_another(error: BaseException | None) -> bool:
     """Whether an error says that the network to another process broke, not that something is wrong here.
 
-    Orbax's threads hand JAX's error on as a ValueError.
+    Orbax's threads hand JAX's error on as a ValueError, or as the cause of a TimeoutError.
     """
-    return isinstance(error, jax.errors.JaxRuntimeError | ValueError) and any(
-        sign in str(error) for sign in LOST_SIGNS
-    )
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and any(s in str(error) for s in LOST_SIGNS):
+            return True
+        error = error.__cause__
+    return False
 
 
 def meet(name: str) -> None:

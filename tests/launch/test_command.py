@@ -78,9 +78,17 @@ def test_whatever_a_config_raises_is_one_line(error, monkeypatch, capsys):
         assert shown.startswith("error: ") and shown.endswith("in a config\n") and shown.count("\n") == 1
 
 
+def caused_by(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize("error, told", [
     (jax.errors.JaxRuntimeError("INTERNAL: Barrier failed: UNAVAILABLE: Task 1 heartbeat timeout"), False),
     (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), False),
+    (caused_by(TimeoutError("Timed out while waiting for async_commit_complete barrier."), jax.errors.JaxRuntimeError(
+        "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1 heartbeat timeout")), False),
+    (TimeoutError("Timed out while waiting for a disk"), True),
     (ValueError("a fault of ours"), True), (OSError(errno.ENOSPC, "no room"), True), (None, True),
 ], ids=repr)  # fmt: skip
 def test_traceback_of_a_thread_is_dropped_only_where_another_process_was_lost(error, told):
