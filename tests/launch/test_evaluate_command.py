@@ -63,6 +63,7 @@ def test_ctrl_c_while_workers_start_ends_in_one_line(tmp_path):
          f"--references={tmp_path / 'refs'}", f"--output={tmp_path / 'out'}", "--workers=2"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit none
     )  # fmt: skip
     for line in run.stdout:
         if line.startswith("preds: 6 label maps"):
