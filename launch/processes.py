@@ -13,7 +13,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import command
 import jax
@@ -62,7 +62,9 @@ def joined(coordinator: str, process_count: int, process_id: int) -> Iterator[No
         if devices.lost_another(error):
             line = f"lost another process ({line}): {REMEDY}"
         print(f"error: {who}: {line}", file=sys.stderr, flush=True)
-        witness.communicate(b"q")
+        with suppress(OSError):  # the witness is not waited for: JAX's client may be about to abort in its own words
+            witness.stdin.write(b"q")
+            witness.stdin.flush()
         os._exit(1)
     finally:
         witness.communicate(b"q")

@@ -25,6 +25,7 @@ LIBRARIES = ("jax", "flax", "optax", "orbax.checkpoint", "grain", "nibabel", "sc
              "ml_collections.config_flags", "tensorboardX", "tqdm", "absl.app", "mednext_jax.train.loop",
              "data_pipeline.preprocess", "data_pipeline.stream")  # fmt: skip
 SECONDS = 300.0  # longest life of a process; what takes longer hangs
+LAST_WORDS_SECONDS = 20.0
 
 _SMALL = (
     "--config.data.patch_voxels=(16,16,16)", "--config.data.fold=0", "--config.augment.enabled=False",
@@ -121,9 +122,16 @@ class Command:
         file = self._log.with_suffix(suffix)
         return file.read_text(errors="replace") if file.exists() else ""
 
-    def wait(self, seconds: float = SECONDS) -> Outcome:
-        """Until its end, at most so long."""
+    def wait(self, seconds: float = SECONDS, last_words: str = "") -> Outcome:
+        """Until its end, at most so long.
+
+        Args:
+          last_words: waited for a little beyond the end: of a process that is aborted, another one says what happened.
+        """
         self.process.join(seconds)
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        while last_words not in self.read(".err") and time.monotonic() < deadline:
+            time.sleep(0.05)
         hung = self.process.exitcode is None
         if hung:
             self.process.kill()

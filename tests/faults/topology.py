@@ -15,6 +15,7 @@ from tests.faults import bench, kills
 COMBINATIONS = tuple((d, p) for d in (1, 2, 4, 8) for p in (1, 2, 4) if p <= d)
 BATCH_SIZE = 8
 SURVIVOR_SECONDS = 120.0  # twice the heartbeat after which JAX counts a silent process as lost
+REMEDY = "start the same command again"
 FLAGS = (
     *bench.TINY, f"--config.data.batch_size={BATCH_SIZE}", "--config.n_devices=0", "--config.log_every=1",
     "--config.eval.every=0", "--config.optim.name=sgd", "--config.optim.peak_lr=0.05", "--config.optim.warmup_steps=2",
@@ -149,11 +150,11 @@ def lose_processes(flags: Sequence[str], folder: Path, times: int, seed: int) ->
             if not group[0].wait_for(lambda until=until: written(workdir) >= until):
                 break  # finished
             os.kill(group[victim].pid, signal.SIGKILL)
-            end = group[1 - victim].wait(SURVIVOR_SECONDS)
+            end = group[1 - victim].wait(SURVIVOR_SECONDS, REMEDY)
         found.lost += 1
         # An error in Python, or JAX's client that noticed first and aborts the process.
         ended = end.told and end.code in (1, -signal.SIGABRT)
-        if not ended or "start the same command again" not in end.errors:
+        if not ended or REMEDY not in end.errors:
             dumped = [line for line in end.errors.splitlines() if bench.is_dump(line)]
             at = end.errors.find(dumped[0]) if dumped else 0
             shown = f"{end.errors[at : at + 2000]} ... {end.errors[-300:]}"
