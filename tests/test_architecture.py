@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TOP = {"modeldir", "loading", "directories"}
+TOP = {"modeldir", "loading", "directories", "tensor_file"}
 MAY_IMPORT = {
     "nn": {"nn"},
     "peft": {"nn", "peft"} | TOP,
