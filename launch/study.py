@@ -63,9 +63,10 @@ class Clock:
 
     def is_due(self) -> bool:
         """Whether it is to be told now; then the next time is put off."""
-        due = self.seconds > self.tell_after
-        self.tell_after *= 1 + due
-        return due
+        if self.seconds <= self.tell_after:
+            return False
+        self.tell_after *= 2
+        return True
 
 
 @dataclass

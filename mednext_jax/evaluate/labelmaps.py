@@ -50,8 +50,8 @@ def find(folder: str | Path) -> dict[str, Path]:
     segmentations = [p for p in files if _SEGMENTATION.search(_stem(p))]
     chosen = segmentations or [p for p in files if p.parent == folder] or files
     cases: dict[str, Path] = {}
-    ids = {_SEGMENTATION.sub("", _stem(path)) for path in chosen}
-    chosen += [p for p in files if p not in chosen and _stem(p) in ids]  # another label map of the same case
+    ids, taken = {_SEGMENTATION.sub("", _stem(path)) for path in chosen}, set(chosen)
+    chosen += [p for p in files if p not in taken and _stem(p) in ids]  # another label map of the same case
     for path in chosen:
         case_id = _SEGMENTATION.sub("", _stem(path))
         path = path if path.is_file() else _held_file(path)

@@ -30,6 +30,14 @@ def tree():
     }
 
 
+@pytest.mark.parametrize("name", optimizer.NAMES)
+def test_every_state_starts_at_zero_as_the_first_training_state_takes_it_to_be(name):
+    groups = (("adapter/", 3.0, 0.5),)
+    config = {**CONFIG, "name": name, "momentum": 0.9, "clip_norm": 1.0, "groups": groups, "new_warmup_steps": 5}
+    state = optimizer.make_optimizer(config, tree(), new=["dec_block_0/adapter/up/kernel"]).init(tree())
+    assert jax.tree.leaves(state) and not any(np.any(leaf) for leaf in jax.tree.leaves(state))
+
+
 def one_update(config, params=None, grads=None, new=()):
     params = params or tree()
     tx = optimizer.make_optimizer({**CONFIG, **config}, params, new=new)
