@@ -13,6 +13,7 @@ several GPUs or machines (with CUDA_VISIBLE_DEVICES, or one job each) shares the
 import contextlib
 import signal
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ TFLOPS = flags.DEFINE_float("tflops", 6.0, "With --dry_run: operations per secon
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 10  # how often to look whether other processes did something
 TELL_SECONDS = 60  # after this, and twice this and so on, a step that is still at work says how far it is
+SAID_CHARACTERS = 100  # of what a step says, so that a line of the study stays a line
 STOP_SECONDS = 120  # for a stopped step to save
 REQUEUE = 75
 
@@ -176,7 +178,7 @@ class Study:
         if code:
             raise ValueError(f"step {step.name!r} ended with exit code {code}: {said} (log: {log}; command: "
                              f"{step.shown()})")
-        self._say(step.name, known, f"  {running.clock.seconds:.0f} s  {said[:100]}")
+        self._say(step.name, known, f"  {running.clock.seconds:.0f} s  {_shortened(said)}")
 
     def _say(self, name: str, known: int, rest: str) -> None:
         self.done.add(name)
@@ -188,7 +190,7 @@ class Study:
         for name, clock in (own or self.elsewhere).items():
             if clock.is_due():
                 said = study_steps.last_line(study_steps.log_of(self.folder, name))
-                print(f"{name} ... {clock.seconds:.0f} s  {said[:100]}", flush=True)
+                print(f"{name} ... {clock.seconds:.0f} s  {_shortened(said)}", flush=True)
 
     def _wait_for(self, ready: list[study_steps.Step]) -> None:
         """Names the processes whose steps this one has to wait for, once each."""
@@ -209,6 +211,10 @@ class Study:
             worker.close(STOP_SECONDS)
         self.running.clear()
         self.idle.clear()
+
+
+def _shortened(said: str) -> str:
+    return textwrap.shorten(said, SAID_CHARACTERS, placeholder=" ...")
 
 
 def _on_signal(number, frame) -> None:

@@ -58,12 +58,13 @@ def test_ctrl_c_while_workers_start_ends_in_one_line(tmp_path):
     for number in range(6):
         for folder in ("refs", "preds"):
             _nifti(tmp_path / folder / f"BraTS-SSA-{number:05d}-000.nii", cube)
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     run = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / "evaluate.py"), f"--predictions={tmp_path / 'preds'}",
+        [sys.executable, "-c", heed,  # a suite in the background ignores SIGINT, and its children inherit that
+         sys.executable, str(ROOT / "launch" / "evaluate.py"), f"--predictions={tmp_path / 'preds'}",
          f"--references={tmp_path / 'refs'}", f"--output={tmp_path / 'out'}", "--workers=2"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit none
     )  # fmt: skip
     for line in run.stdout:
         if line.startswith("preds: 6 label maps"):
