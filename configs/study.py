@@ -38,13 +38,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.simulate = ConfigDict(dict(enabled=arg != "real", source_cases=64, target_cases=70, spacing_mm=3.0, seed=2,
                                  version=1))  # of the simulator: another one is refused
     c.steps_per_process = 1  # more save start-up time, where the runs are short
-    # Replicate r of every arm takes subset_seeds[r], and init_seeds and order_seeds in turn (all pairs with
-    # crossed=True). Pre-training runs once per init seed.
+    # Replicate r of every arm takes the r-th of subset_seeds, init_seeds and order_seeds, in turn; with crossed=True
+    # every subset meets every pair of the other two. Pre-training runs once per init seed.
     c.subset_seeds = (0, 1, 2, 3, 4)
     c.init_seeds = (0, 1, 2)
     c.order_seeds = (0, 1, 2)
     c.crossed = arg == "real"
-    c.max_train_cases = 0  # target cases that arms train on, drawn by the subset seed; 0: all training cases
+    # Target cases that arms train on, drawn by the subset seed. 0: all, and then no subset seed has an effect.
+    c.max_train_cases = 24 if arg == "real" else 0  # of 30, if the target has 60 cases
     c.pretrain = ConfigDict(dict(init_from="", overrides=()))
     c.arms = ARMS + LEGACY_ARMS
     c.recipes = _recipes()
@@ -105,6 +106,8 @@ def _simulated(c: ConfigDict) -> None:
     """
     c.steps_per_process = 20
     c.arms = ARMS  # the legacy adapters are an ablation here
+    # The small network has one block per stage: an adapter around the block would be that around the stage.
+    c.recipes.conv_adapter_block.overrides += ("peft.position=convolution",)
     c.max_train_cases = 12
     c.source.update(val_fraction=0.1, test_fraction=0.25)
     c.target.test_fraction = 0.3
@@ -112,7 +115,7 @@ def _simulated(c: ConfigDict) -> None:
     c.overrides = ("optim.total_steps=80", "data.batch_size=1", "eval.every=0", "eval.overlap=0.25",
                    "checkpoint_every=80")  # fmt: skip
     c.rates.update(subsets=1, max_trials=5, overrides=("eval.every=80",))
-    c.few_shot.update(sizes=(1, 30), arms=("full", "conv_adapter"), replicates=2)
+    c.few_shot.update(sizes=(1, 5, 30), replicates=2)
     c.ablation.update(replicates=1, squeezed_voxels=(32, 32, 32), validations=3)
     c.predict.update(overlap=0.25, min_component_mm3=("500",))
 

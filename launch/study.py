@@ -24,6 +24,7 @@ import command
 import study_cost
 import study_plan
 import study_result
+import study_runs
 import study_steps
 from absl import flags
 from ml_collections import config_flags
@@ -229,7 +230,7 @@ def main(_) -> int:
     study_plan.split_names(config)
     study_plan.check_names(config)
     if DRY_RUN.value:
-        for line in study_cost.report(config, TFLOPS.value):
+        for line in (*study_runs.left_out(config), *study_cost.report(config, TFLOPS.value)):
             print(line, flush=True)
         return 0
     folder, began = Path(WORKDIR.value), time.monotonic()
@@ -237,6 +238,8 @@ def main(_) -> int:
     expected = study_result.published(Path(EXPECTED.value)) if EXPECTED.value else None
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _on_signal)
+    for line in study_runs.left_out(config):
+        print(line, flush=True)
     try:
         steps, before = Study(config, folder, JOBS.value).to_the_end()
     except Stopped:

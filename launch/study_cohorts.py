@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from study_runs import faulty_data
+from study_runs import faults, faulty_data, few_shot_sizes
 from study_steps import Step, launcher
 
 from data_pipeline import cohorts, labels, nifti, preprocess
@@ -21,7 +21,7 @@ def check(config: Any, cohort: str) -> None:
     c = config[cohort]
     if c.root and c.store:
         raise ValueError(f"config.{cohort}.root and config.{cohort}.store are both given: one of them is enough")
-    if c.store and config.ablations:
+    if c.store and faults(config):
         raise ValueError(f"the ablations need raw scans: give --config.{cohort}.root=FOLDER or --config.ablations='()'")
     if not (c.root or c.store or config.simulate.enabled):
         raise ValueError(f"no data: give --config.{cohort}.root=FOLDER of BraTS cases as downloaded, or use the "
@@ -61,6 +61,11 @@ def store(config: Any, folder: Path, cohort: str, data: str) -> tuple[Path, tupl
     return folder / "stores" / _version(cohort, data), (f"preprocess_{_version(cohort, data)}",)
 
 
+def is_prepared(config: Any, folder: Path, cohort: str) -> bool:
+    """Whether a cohort's store is complete."""
+    return (store(config, folder, cohort, "")[0] / "dataset.json").is_file()
+
+
 def test_cases(config: Any, folder: Path, cohort: str) -> list[str]:
     """The ids of a cohort's test cases.
 
@@ -72,6 +77,22 @@ def test_cases(config: Any, folder: Path, cohort: str) -> list[str]:
         raise ValueError(f"{path} has no test cases; raise config.{cohort}.test_fraction or give "
                          f"config.{cohort}.splits with a list 'test'")
     return list(found)
+
+
+def training_cases(config: Any, folder: Path) -> list[str]:
+    """The ids of the target's training cases.
+
+    Raises: ValueError if an arm or the few-shot curve wants more than there are.
+    """
+    path, _ = store(config, folder, "target", "")
+    held = Store(path)
+    found = [case for case in held.split("train") if held.cases[case]["labelled"]]
+    wanted = {"max_train_cases": config.max_train_cases, "few_shot.sizes": max(few_shot_sizes(config), default=0)}
+    for field, most in wanted.items():
+        if most > len(found):
+            raise ValueError(f"config.{field} asks for {most} training cases, {path} has {len(found)}: give fewer "
+                             f"(--config.{field}=...), or lower config.target.test_fraction and val_fraction")
+    return found
 
 
 def references(config: Any, folder: Path, cohort: str, data: str) -> Path:

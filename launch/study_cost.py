@@ -20,18 +20,51 @@ def overridden(config: Any, overrides: Iterable[str]) -> Any:
     return config
 
 
+def settings_of(config: Any, file: str, overrides: Iterable[str]) -> Any:
+    """The config of a run, but for its data and seeds."""
+    variant = config.variant or None
+    return overridden(importlib.import_module(f"configs.{file}").get_config(variant), overrides)
+
+
 def flops(config: Any, run: runs.Run) -> float:
-    """Operations of a whole run: steps times those of a step. The network is that of the pre-training."""
+    """Operations of a whole run: steps times those of a step. The network is the given or the pre-trained one."""
     from mednext_jax.train import dry_run
     from mednext_jax.train.workdir import plain
 
-    base = importlib.import_module("configs.pretrain").get_config(config.variant or None)
-    overridden(base, config.pretrain.overrides)
-    settings = importlib.import_module(f"configs.{run.file}").get_config(config.variant or None)
-    overridden(settings, run.overrides)
-    settings.init_from = ""
-    settings.model = base.model
+    settings = settings_of(config, run.file, run.overrides)
+    settings.init_from = config.pretrain.init_from if run.base is None else ""
+    if run.base:
+        settings.model = settings_of(config, "pretrain", config.pretrain.overrides).model
     return dry_run.cost(plain(settings)).step_flops * settings.optim.total_steps
+
+
+def check_given_network(config: Any) -> None:
+    """Raises ValueError or OSError if there are no weights, or an arm that takes none trains another network."""
+    from mednext_jax import modeldir
+    from mednext_jax.nn.mednext import MedNeXt
+    from mednext_jax.train import network
+    from mednext_jax.train.workdir import plain
+
+    given = modeldir.load_info(config.pretrain.init_from).network()
+    for name in config.arms:
+        recipe = config.recipes[name]
+        if recipe.file != "scratch":
+            continue
+        settings = settings_of(config, recipe.file, (*recipe.overrides, *config.overrides))
+        own = MedNeXt(n_classes=1, **{"kernel_size": 3, **network.wanted_arguments(plain(settings))})
+        for field in ("n_channels", "kernel_size", "block_counts", "exp_r", "grn"):
+            has, wants = getattr(own, field), getattr(given, field)
+            if _nine(has) != _nine(wants):
+                raise ValueError(
+                    f"arm {name} would train a network with {field} {has}, {config.pretrain.init_from} has {wants}: "
+                    f"set config.model in configs/{recipe.file}.py to the same network (model.variant for S, B, M, L, "
+                    f"model.{field} else) by --config.recipes.{name}.overrides, or leave {name} out of config.arms"
+                )
+
+
+def _nine(value: Any) -> tuple:
+    """A value per stage; one number stands for nine."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,) * 9
 
 
 def groups(config: Any) -> dict[str, list[runs.Run]]:

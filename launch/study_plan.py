@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import study_cohorts as cohorts
+import study_cost
 import study_result
 import study_runs as runs
 from study_steps import Step, launcher
@@ -43,12 +44,16 @@ def check(config: Any, folder: Path) -> None:
         raise ValueError("config.arms, config.subset_seeds, config.init_seeds and config.order_seeds need a value each")
     for cohort in cohorts.NAMES:
         cohorts.check(config, cohort)
+    if config.pretrain.init_from:
+        study_cost.check_given_network(config)
     protocol.check(folder, config.to_dict())
 
 
 def plan(config: Any, folder: Path) -> list[Step]:
     """Every step that is known so far."""
     steps = cohorts.steps(config, folder)
+    if cohorts.is_prepared(config, folder, "target"):
+        cohorts.training_cases(config, folder)  # too few of them is told before days of training
     steps += [_train(config, folder, run) for run in runs.pretrainings(config)]
     learning_rates, trials = {}, []
     for arm in config.arms:
@@ -82,7 +87,7 @@ def _train(config: Any, folder: Path, run: runs.Run, needs: tuple[str, ...] = ()
 def _fix(config: Any, folder: Path, learning_rates: dict[str, float]) -> None:
     trials = {arm: runs.trial_scores(config, folder, arm) for arm in config.arms if config.rates.trials >= 2}
     cases = {cohort: cohorts.test_cases(config, folder, cohort) for cohort in cohorts.NAMES}
-    content = protocol.content(config.to_dict(), trials, learning_rates, cases)
+    content = protocol.content(config.to_dict(), trials, learning_rates, cases, runs.left_out(config))
     atomic.write_json(folder / protocol.PROTOCOL_FILE, content)
 
 

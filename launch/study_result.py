@@ -19,6 +19,8 @@ from mednext_jax.study.results import Estimate
 
 RESULT_FILE, MARKDOWN_FILE, PAGE_FILE, FIGURES = "results.json", "results.md", "report.html", "figures"
 SELECTION_CONTROL = "selection_by_mean"
+# Fields of a run's config that make an arm (the network is that of its weights), and where the first draw is from.
+OF_AN_ARM = ("peft.", "init_from", "model.", "optim.peak_lr", "data.order_seed")
 
 
 def evaluation(folder: Path, group: str, cohort: str, data: str) -> Path:
@@ -119,12 +121,12 @@ def _sections(config: Any, folder: Path, fixed: dict[str, Any]) -> tuple[list[Se
         Section("Learning curves", "Training loss, mean over repetitions.",
                 picture=figures.learning_curves({arm: _curve(config, folder, arm) for arm in config.arms})),
     ]  # fmt: skip
-    for wanted, section in ((config.few_shot.sizes, _few_shot), (config.ablations, _ablations)):
+    for wanted, section in ((runs.few_shot_sizes(config), _few_shot), (runs.faults(config), _ablations)):
         if wanted:
             made, found = section(config, folder, source, target)
             sections.append(made)
             estimates |= found
-    return [*sections, _rates(config, fixed), _protocol(fixed, folder)], estimates, said
+    return [*sections, _rates(config, fixed), _protocol(config, fixed, folder)], estimates, said
 
 
 def _differences(config: Any, target: Table) -> list[results.Difference]:
@@ -176,7 +178,8 @@ def _cost_section(costs: dict[str, dict[str, Any]], target: Table, zero: results
     points = {arm: (c["step_flops"] * c["steps"], c["trainable"], results.estimate(results.mean_dice(target, arm)))
               for arm, c in costs.items()}  # fmt: skip
     text = ("Arithmetic is counted; times and memory are medians over repetitions on this machine (on a CPU the "
-            "compiled step's temporaries), other work on it included.")
+            "compiled step's temporaries), other work on it included; the seconds of an interrupted run are "
+            "those of its last start.")
     return Section("Accuracy against compute", text, header, rows, figures.accuracy_against_compute(points, zero))
 
 
@@ -192,18 +195,18 @@ def _curve(config: Any, folder: Path, arm: str) -> tuple[list[int], list[float]]
 
 def _few_shot(config: Any, folder: Path, source: Table, target: Table) -> tuple[Section, dict[str, Estimate]]:
     del source
-    table, arms = _table(folder, "few_shot"), [a for a in config.few_shot.arms if a in config.arms]
-    sizes = {size: table for size in config.few_shot.sizes}
+    table, arms = _table(folder, "few_shot"), runs.few_shot_arms(config)
+    sizes = {size: table for size in runs.few_shot_sizes(config)}
     names = {size: {arm: f"{arm}_n{size}" for arm in arms} for size in sizes}
-    if config.max_train_cases:
-        sizes[config.max_train_cases], names[config.max_train_cases] = target, {arm: arm for arm in arms}
+    own = config.max_train_cases or len(study_cohorts.training_cases(config, folder))
+    sizes[own], names[own] = target, {arm: arm for arm in arms}
     curve = results.few_shot(sizes, names)
     zero = results.estimate(results.mean_dice(target, runs.ZERO_SHOT))
-    header = ["arm", *(f"{size} cases" for size in sorted(sizes))]
+    header = ["arm", *(f"{size} case{'s' * (size > 1)}" for size in sorted(sizes))]
     rows = [[arm, *(report.with_interval(points[size]) for size in sorted(points))] for arm, points in curve.items()]
     rows.append(["zero-shot", *[report.number(zero.mean)] * len(sizes)])
-    text = (f"Mean Dice on the target's test cases over the number of training cases; {config.few_shot.replicates} "
-            "repetitions each, those of the main comparison at its own number.")
+    text = ("Mean Dice on the target's test cases over the number of training cases; at most "
+            f"{config.few_shot.replicates} repetitions each, at {own} those of the main comparison.")
     estimates = {f"{arm}, {size} cases": value for arm, points in curve.items() for size, value in points.items()}
     return Section("Few-shot", text, header, rows, figures.few_shot_curve(curve, zero)), estimates
 
@@ -212,7 +215,7 @@ def _ablations(config: Any, folder: Path, source: Table, target: Table) -> tuple
     """Each fault alone; full and adapter arm are those of the ablation (the adapter is paper_sequential)."""
     full, adapter = config.ablation.arms
     clean = results.Setting((source, runs.ZERO_SHOT), (target, runs.ZERO_SHOT), (target, full), (target, adapter))
-    effects = [results.effect(*one) for fault in config.ablations for one in _settings(config, folder, fault, clean)]
+    effects = [results.effect(*one) for fault in runs.faults(config) for one in _settings(config, folder, fault, clean)]
     text = (f"Each fault of the released study alone, {config.ablation.replicates} repetitions, compared with the same "
             f"repetitions without it; the adapter is {adapter}. A positive change of the drop is a part of the drop "
             "that the fault makes. Squeezed volumes are scored on their own grid, as the released code does. Selection "
@@ -261,21 +264,36 @@ def _rates(config: Any, fixed: dict[str, Any]) -> Section:
         ordered = sorted((int(k), score) for k, score in trials.items())
         listed = ", ".join(f"{runs.trial_rate(config, arm, k):g}: {report.number(score)}" for k, score in ordered)
         rows.append([arm, f"{fixed['learning_rates'][arm]:g}", str(len(ordered)), listed])
-    text = "Chosen by the mean Dice of the validation cases, on subsets that no repetition uses."
+    subsets = "on subsets that no repetition uses" if config.max_train_cases else "trained on all training cases"
+    text = f"Chosen by the mean Dice of the validation cases, {subsets}."
     return Section("Learning rates", text, ["arm", "chosen", "trials", "validation mean Dice of each"], rows)
 
 
-def _protocol(fixed: dict[str, Any], folder: Path) -> Section:
+def _unequal(config: Any, folder: Path) -> list[str]:
+    """In which fields the runs of the arms differ beside what makes an arm: nothing should be listed."""
+    from mednext_jax.train import workdir
+
+    found = {arm: workdir.leaves(json.loads((folder / "runs" / f"{arm}@0" / "config.json").read_text()))
+             for arm in config.arms}  # fmt: skip
+    fields = sorted({name for leaves in found.values() for name in leaves if not name.startswith(OF_AN_ARM)})
+    values = {name: {arm: leaves.get(name) for arm, leaves in found.items()} for name in fields}
+    return [f"{name} ({', '.join(f'{arm} {value}' for arm, value in by_arm.items())})"
+            for name, by_arm in values.items() if len(set(map(str, by_arm.values()))) > 1]  # fmt: skip
+
+
+def _protocol(config: Any, fixed: dict[str, Any], folder: Path) -> Section:
     record = json.loads((folder / protocol.TEST_FILE).read_text())
     c = fixed["config"]
-    count = len(fixed["test_cases"]["target"])
+    count, unequal = len(fixed["test_cases"]["target"]), _unequal(config, folder)
+    same = "The arms' configs are equal in every field but method, starting weights, network and learning rate"
+    same = f"Beside what makes them, the arms differ in: {'; '.join(unequal)}" if unequal else same
     lines = [
         f"Fixed at {fixed['fixed_at']} (sha256 {fixed['sha256'][:16]}), before the first test case was used at "
         f"{record['first_touched_at']}. {count} target and {len(fixed['test_cases']['source'])} source test cases, "
         "used once, after all training.",
         f"Seeds: target subset {c['subset_seeds']}, initial weights and pre-training {c['init_seeds']}, data order "
-        f"{c['order_seeds']}, {'crossed' if c['crossed'] else 'one repetition per subset'}. Same steps, patches, "
-        "augmentation and post-processing for every arm.",
+        f"{c['order_seeds']}, {'crossed' if c['crossed'] else 'taken in turn'}. {same}; their predictions are "
+        "post-processed alike.",
         "Deviations: " + (" ".join(protocol.deviations(fixed)) or "none."),
     ]
     return Section("Protocol", "\n\n".join(lines))

@@ -52,12 +52,63 @@ class Run:
     seeds: Seeds
 
 
-def replicates(config: Any) -> list[Seeds]:
-    """The seeds of each repetition of an arm."""
+def replicates(config: Any, cases: int | None = None) -> list[Seeds]:
+    """The seeds of each repetition of an arm that trains on ``cases`` target cases; None: on the main comparison's.
+
+    With 0, all cases, there is one subset: repetitions that differed by its seed alone would be one and the same.
+    The first few, which few-shot curve and faults take, differ in every seed.
+    """
     pairs = [(init, config.order_seeds[i % len(config.order_seeds)]) for i, init in enumerate(config.init_seeds)]
+    subsets = config.subset_seeds if (config.max_train_cases if cases is None else cases) else config.subset_seeds[:1]
+    if not pairs or not subsets:
+        return []
     if config.crossed:
-        return [Seeds(subset, *pair) for subset in config.subset_seeds for pair in pairs]
-    return [Seeds(subset, *pairs[r % len(pairs)]) for r, subset in enumerate(config.subset_seeds)]
+        return [Seeds(subset, *pairs[(i + shift) % len(pairs)])
+                for shift in range(len(pairs)) for i, subset in enumerate(subsets)]  # fmt: skip
+    count = max(len(subsets), len(pairs))
+    return [Seeds(subsets[r % len(subsets)], *pairs[r % len(pairs)]) for r in range(count)]
+
+
+def few_shot_arms(config: Any) -> list[str]:
+    """The arms of the few-shot curve that the study has."""
+    return [name for name in config.few_shot.arms if name in config.arms]
+
+
+def few_shot_sizes(config: Any) -> tuple[int, ...]:
+    """Numbers of target cases that are trained on beside the main comparison's."""
+    if not few_shot_arms(config):
+        return ()
+    return tuple(size for size in config.few_shot.sizes if size != config.max_train_cases)
+
+
+def faults(config: Any) -> list[str]:
+    """The faults that arms and weights of the study allow to put in."""
+    return [fault for fault in config.ablations if not _obstacle(config, fault)]
+
+
+def left_out(config: Any) -> list[str]:
+    """A sentence on everything that the config asks for and the chosen arms or the given weights rule out."""
+    said = []
+    if config.few_shot.sizes and not few_shot_arms(config):
+        said.append(f"No few-shot curve: config.arms has none of {', '.join(config.few_shot.arms)}.")
+    reasons: dict[str, list[str]] = {}
+    for fault in config.ablations:
+        if reason := _obstacle(config, fault):
+            reasons.setdefault(reason, []).append(fault)
+    return said + [f"Not put in: {', '.join(names)}: {reason}." for reason, names in reasons.items()]
+
+
+def _obstacle(config: Any, fault: str) -> str:
+    """Why a fault cannot be put in; empty if it can."""
+    if lacking := [name for name in config.ablation.arms if name not in config.arms]:
+        return f"faults are compared by {' and '.join(config.ablation.arms)}, and config.arms lacks {lacking[0]}"
+    if config.pretrain.init_from and FAULTY_DATA.get(fault) in PRETRAINED_AGAIN:
+        return "pre-training has this fault too, and config.pretrain.init_from gives its weights"
+    if fault == "legacy_adapters" and not set(LEGACY_ARMS) & set(config.arms):
+        return f"config.arms has none of {', '.join(LEGACY_ARMS)}"
+    if fault == "resumed_full" and "full" not in config.arms:
+        return "config.arms lacks full"
+    return ""
 
 
 def pretrained(config: Any, init: int, data: str = CLEAN) -> str | None:
@@ -80,7 +131,7 @@ def pretrainings(config: Any) -> Iterator[Run]:
 
 def faulty_data(config: Any) -> list[str]:
     """The faulty versions of the cohorts that the ablations need."""
-    return [FAULTY_DATA[fault] for fault in config.ablations if fault in FAULTY_DATA]
+    return [FAULTY_DATA[fault] for fault in faults(config) if fault in FAULTY_DATA]
 
 
 def arm(config: Any, name: str, arm_name: str, seeds: Seeds, extra: tuple[str, ...] = (), data: str = CLEAN) -> Run:
@@ -141,13 +192,12 @@ def final_runs(config: Any, learning_rates: dict[str, float]) -> list[Run]:
 
 def few_shot_runs(config: Any, learning_rates: dict[str, float]) -> list[Run]:
     """The curve over the number of target cases, beside the main comparison's number."""
-    chosen = [name for name in config.few_shot.arms if name in config.arms]
     return [
         arm(config, f"{name}_n{size}@{r}", name, seeds,
             (f"optim.peak_lr={learning_rates[name]}", f"data.max_train_cases={size}"))
-        for size in config.few_shot.sizes
-        for name in chosen
-        for r, seeds in enumerate(replicates(config)[: config.few_shot.replicates])
+        for size in few_shot_sizes(config)
+        for name in few_shot_arms(config)
+        for r, seeds in enumerate(replicates(config, size)[: config.few_shot.replicates])
     ]  # fmt: skip
 
 
@@ -158,12 +208,11 @@ def ablation_runs(config: Any, learning_rates: dict[str, float]) -> list[Run]:
 
     def add(fault: str, arms, extra=(), data=CLEAN) -> None:
         for name in arms:
-            if name in config.arms:
-                rate = (f"optim.peak_lr={learning_rates[name]}",)
-                found.extend(arm(config, f"{fault}.{name}@{r}", name, seeds, (*rate, *extra), data)
-                             for r, seeds in repeated)  # fmt: skip
+            rate = (f"optim.peak_lr={learning_rates[name]}",)
+            found.extend(arm(config, f"{fault}.{name}@{r}", name, seeds, (*rate, *extra), data)
+                         for r, seeds in repeated)  # fmt: skip
 
-    for fault in config.ablations:
+    for fault in faults(config):
         if fault in FAULTY_DATA:
             add(fault, config.ablation.arms, data=FAULTY_DATA[fault])
         elif fault == "selection_by_label1":
@@ -171,7 +220,7 @@ def ablation_runs(config: Any, learning_rates: dict[str, float]) -> list[Run]:
             add("selection_by_mean", config.ablation.arms, (f"eval.every={every}",))
             add(fault, config.ablation.arms, (f"eval.every={every}", "eval.score=label1"))
         elif fault == "legacy_adapters":
-            add(fault, LEGACY_ARMS, ("peft.legacy=True",))
+            add(fault, [name for name in LEGACY_ARMS if name in config.arms], ("peft.legacy=True",))
         else:  # resumed_full
             left = own_rate(config, "full") * config.ablation.rate_decay
             add(fault, ("full",), (f"optim.peak_lr={left}", "optim.schedule=constant", "optim.warmup_steps=0"))

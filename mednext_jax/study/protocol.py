@@ -29,6 +29,7 @@ def content(
     trials: Mapping[str, Mapping[int, float]],
     learning_rates: Mapping[str, float],
     test_cases: Mapping[str, Sequence[str]],
+    left_out: Sequence[str],
 ) -> dict[str, Any]:
     """What is fixed.
 
@@ -37,12 +38,14 @@ def content(
       trials: arm -> trial -> validation score.
       learning_rates: arm -> the chosen rate.
       test_cases: cohort -> case ids.
+      left_out: sentences on what the config asks for and the study cannot have.
     """
     fixed = {
         "config": json.loads(json.dumps(config)),
         "trials": {arm: {str(k): score for k, score in sorted(scores.items())} for arm, scores in trials.items()},
         "learning_rates": dict(learning_rates),
         "test_cases": {cohort: sorted(cases) for cohort, cases in test_cases.items()},
+        "left_out": list(left_out),
     }
     return {**fixed, "sha256": fingerprint(fixed), "fixed_at": _now()}
 
@@ -81,7 +84,7 @@ def touch(folder: Path) -> dict[str, Any]:
 
 def deviations(fixed: Mapping[str, Any]) -> list[str]:
     """In which points a study falls short of the protocol it should have; one sentence each."""
-    config, found = fixed["config"], []
+    config, found = fixed["config"], list(fixed["left_out"])
     trials = {arm: {int(k): score for k, score in scores.items()} for arm, scores in fixed["trials"].items()}
     if config["rates"]["trials"] < 3:
         found.append("Learning rates were not chosen by trials: every arm used its config file's own.")
@@ -97,12 +100,15 @@ def deviations(fixed: Mapping[str, Any]) -> list[str]:
             found.append(f"Learning rates were chosen on {config['rates']['subsets']} tuning subset(s): with few, "
                          "the choice is partly luck.")
     for field, least in (("subset_seeds", 5), ("init_seeds", 3), ("order_seeds", 3)):
-        if len(config[field]) < least:
+        if field == "subset_seeds" and not config["max_train_cases"]:
+            found.append("Every repetition trains on all training cases (config.max_train_cases=0): the intervals "
+                         "leave out the chance of which cases those are, and learning rates are chosen on them too.")
+        elif len(config[field]) < least:
             found.append(f"{len(config[field])} value(s) of {field}; {least} are wanted.")
-    if not config["crossed"] and len(config["subset_seeds"]) > 1:
+    if not config["crossed"] and config["max_train_cases"] and len(config["subset_seeds"]) > 1:
         found.append("Seeds are not crossed: a replicate changes subset, initial weights and order together, so "
                      "their shares of the variance are not told apart.")  # fmt: skip
-    if config["few_shot"]["sizes"] or config["ablations"]:
+    if config["rates"]["trials"] > 1 and (config["few_shot"]["sizes"] or config["ablations"]):
         found.append("The few-shot curve and the ablations use the learning rates chosen for the main comparison.")
     return found
 

@@ -77,12 +77,12 @@ def check_shared(workdir: Path) -> None:
         )
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested config -> {"optim.peak_lr": value}."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
-            flat |= _leaves(value, f"{prefix}{name}.")
+            flat |= leaves(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
@@ -90,7 +90,7 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_same_config(stored: Mapping[str, Any], config: Mapping[str, Any], where: Path) -> None:
     """Raises ValueError, naming the field, if a run would go on with another config than it began with."""
-    old, new = _leaves(stored), _leaves(config)
+    old, new = leaves(stored), leaves(config)
     for name in sorted(old.keys() | new.keys()):
         if name not in FREE and old.get(name) != new.get(name):
             raise ValueError(

@@ -24,7 +24,7 @@ def test_script_parses_and_is_queued_again_by_slurm_too(script):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_flags_that_a_script_names_exist(script):
     text = "\n".join(line for line in script.read_text().splitlines() if not line.startswith("#SBATCH"))
-    fields = workdir._leaves(workdir.plain(default.get_config()))
+    fields = workdir.leaves(workdir.plain(default.get_config()))
     named = re.findall(r"--config\.([\w.]+)=", text)
     assert "n_devices" in fields and set(named) <= fields.keys()
     for launcher, words in re.findall(r"(launch/\w+\.py)((?:[^\n]|\\\n)*)", text):
@@ -45,6 +45,8 @@ def test_only_a_run_that_was_preempted_is_queued_again(script, tmp_path, code, r
     command = ["bash", script, "--config=configs/peft.py", "--workdir=runs/a b"]
     result = subprocess.run(command, env=environment, capture_output=True, timeout=20, cwd=ROOT)
     assert result.returncode == code
-    assert "launch/train.py --config=configs/peft.py --workdir=runs/a b" in (tmp_path / "srun.txt").read_text()
+    launcher = "study" if script.stem == "study" else "train"
+    called = (tmp_path / "srun.txt").read_text()
+    assert f"launch/{launcher}.py --config=configs/peft.py --workdir=runs/a b" in called
     assert (tmp_path / "scontrol.txt").exists() == requeued
     assert not requeued or (tmp_path / "scontrol.txt").read_text() == "requeue 17\n"

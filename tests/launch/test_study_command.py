@@ -9,12 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 
 import study  # noqa: E402
+import study_cohorts  # noqa: E402
 import study_cost  # noqa: E402
 import study_plan  # noqa: E402
 import study_runs  # noqa: E402
@@ -22,6 +24,13 @@ import study_steps  # noqa: E402
 from study_worker import Worker  # noqa: E402
 
 from configs import study as study_config  # noqa: E402
+from data_pipeline import preprocess  # noqa: E402
+from mednext_jax import modeldir  # noqa: E402
+from mednext_jax.nn.mednext import MedNeXt  # noqa: E402
+from mednext_jax.nn.paths import unflatten  # noqa: E402
+from mednext_jax.peft.attach import draw  # noqa: E402
+from mednext_jax.train.network import described  # noqa: E402
+from tests.study.cohorts import write_cohort  # noqa: E402
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
@@ -68,12 +77,101 @@ def test_every_arm_but_scratch_starts_from_the_same_pretrained_network(tmp_path)
 def test_subset_initialisation_and_order_have_seeds_of_their_own(tmp_path):
     config = study_config.get_config("demo")
     config.subset_seeds, config.init_seeds, config.order_seeds = (5, 6, 7, 8), (1, 2), (3, 4)
+    config.max_train_cases = 6
     steps = plan(config, tmp_path)
     wanted = {"--config.data.subset_seed=7", "--config.seed=1", "--config.data.order_seed=3"}
     assert wanted <= set(steps["train_full@2"].argv)
     assert [name for name in steps if name.startswith("train_pretrain")] == ["train_pretrain@1", "train_pretrain@2"]
     config.crossed = True
     assert sum(name.startswith("train_full@") for name in plan(config, tmp_path)) == 4 * 2
+
+
+@pytest.mark.parametrize("cases", (24, 0))
+@pytest.mark.parametrize("crossed", (True, False))
+def test_no_two_repetitions_of_an_arm_are_the_same_run(cases, crossed):
+    config = study_config.get_config("real")
+    config.max_train_cases, config.crossed = cases, crossed
+    rates = dict.fromkeys(config.arms, 1e-3)
+    seeds = [one.seeds for one in study_runs.final_runs(config, rates) if one.name.startswith("full@")]
+    told_apart = {one if cases else one[1:] for one in seeds}  # without a subset its seed has no effect
+    wanted = {(24, True): 15, (24, False): 5, (0, True): 3, (0, False): 3}
+    assert len(told_apart) == len(seeds) == wanted[cases, crossed]
+    assert all(len({one[i] for one in seeds[:3]}) == 3 for i in ((0, 1, 2) if cases else (1, 2)))
+    few = {one.seeds.subset for one in study_runs.few_shot_runs(config, rates) if one.name.startswith("full_n5@")}
+    assert len(few) == 5  # these draw subsets whatever the main comparison does
+
+
+def test_the_few_shot_curve_trains_on_its_numbers_of_cases(tmp_path):
+    config = study_config.get_config("real")
+    rates, folder = dict.fromkeys(config.arms, 1e-3), tmp_path / "store"
+    found = {one.name: study_runs.command(one, config, tmp_path, folder) for one in
+             study_runs.few_shot_runs(config, rates)}  # fmt: skip
+    for size in (1, 5, 10, 30):
+        assert f"--config.data.max_train_cases={size}".removeprefix("--") in found[f"full_n{size}@0"]
+    config.few_shot.sizes = (1, 24)  # the main comparison's own number is not trained twice
+    assert {one.name.split("@")[0] for one in study_runs.few_shot_runs(config, rates)} == {
+        f"{arm}_n1" for arm in config.few_shot.arms
+    }
+
+
+def test_more_training_cases_than_there_are_is_told_before_anything_is_trained(tmp_path):
+    config = study_config.get_config("demo")
+    config.target.store = str(tmp_path / "store")
+    preprocess.preprocess(write_cohort(tmp_path / "raw", 5, True), config.target.store)
+    there = len(study_cohorts.training_cases(config, tmp_path))
+    config.max_train_cases = there + 1
+    said = f"config.max_train_cases asks for {there + 1} training cases, .*store has {there}"
+    with pytest.raises(ValueError, match=said):
+        study_plan.plan(config, tmp_path)
+    config.max_train_cases, config.few_shot.sizes = there, (1, 9)
+    with pytest.raises(ValueError, match=r"config.few_shot.sizes asks for 9 training cases"):
+        study_plan.plan(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arms", "sizes", "said"),
+    (
+        (("full", "lora"), (1, 5, 30), ["config.arms lacks paper_sequential"]),
+        (("lora",), (), ["No few-shot curve: config.arms has none of scratch, full", "config.arms lacks full"]),
+        (("full", "paper_sequential"), (1, 5, 30), []),
+    ),
+)
+def test_fewer_arms_are_a_study_and_what_they_rule_out_is_said(tmp_path, arms, sizes, said):
+    config = study_config.get_config("simulated")
+    config.arms, config.rates.trials = arms, 1
+    left_out = study_runs.left_out(config)
+    assert len(left_out) == len(said) and all(part in line for part, line in zip(said, left_out, strict=True))
+    assert study_runs.few_shot_sizes(config) == sizes
+    names = plan(config, tmp_path)
+    assert any("squeezed" in name for name in names) == ("paper_sequential" in arms)
+    assert ("evaluate_evaluation_few_shot" in names) == bool(sizes)
+
+
+def given_weights(folder: Path, n_channels: int) -> str:
+    network = MedNeXt(in_channels=4, n_classes=3, n_channels=n_channels, exp_r=2, block_counts=(1,) * 9)
+    info = modeldir.ModelInfo({"in_channels": 4}, ("a", "b", "c", "d"), "zscore_brain", "regions", "brats2023",
+                              {"WT": [1], "TC": [2], "ET": [3]}, (16, 16, 16))  # fmt: skip
+    modeldir.save_model(folder, described(info, network), unflatten(draw(network, jax.random.key(0))))
+    return str(folder)
+
+
+def test_given_weights_are_not_trained_again_and_their_own_faults_are_left_out(tmp_path):
+    config = study_config.get_config("simulated")
+    config.pretrain.init_from, config.rates.trials = given_weights(tmp_path / "given", 8), 1
+    study_plan.check(config, tmp_path)
+    names = plan(config, tmp_path)
+    assert not any("pretrain" in name or "squeezed" in name or "joint" in name for name in names)
+    assert "train_permuted_channels.full@0" in names
+    assert [line for line in study_runs.left_out(config) if "squeezed, joint_normalization" in line]
+    assert f"--config.init_from={tmp_path / 'given'}" in names["train_permuted_channels.full@0"].argv
+    config.pretrain.init_from = given_weights(tmp_path / "wider", 12)
+    with pytest.raises(ValueError, match="arm scratch would train a network with n_channels 8, .*wider has 12"):
+        study_plan.check(config, tmp_path)
+    config.arms = tuple(arm for arm in config.arms if arm != "scratch")
+    study_plan.check(config, tmp_path)
+    config.pretrain.init_from = str(tmp_path / "absent")
+    with pytest.raises((ValueError, OSError), match="absent"):
+        study_plan.check(config, tmp_path)
 
 
 def test_names_with_commas_are_several(tmp_path):

@@ -115,3 +115,14 @@ def test_a_study_without_full_is_compared_with_no_adaptation_alone(study):
     found = study_result._differences(config, study_result._table(folder, "main"))
     assert [(d.first, d.second) for d in found] == [("scratch", "zero_shot")]
     assert isinstance(found[0], results.Difference)
+
+
+def test_a_field_in_which_arms_differ_beside_what_makes_them_is_named(study):
+    config, folder = study
+    config.arms = ("full", "scratch")
+    for arm, steps in (("full", 80), ("scratch", 90)):
+        (folder / "runs" / f"{arm}@0").mkdir(parents=True)
+        content = {"seed": 0, "init_from": arm, "peft": {"method": arm}, "data": {"batch_size": 2},
+                   "optim": {"peak_lr": steps, "total_steps": steps}}  # fmt: skip
+        (folder / "runs" / f"{arm}@0" / "config.json").write_text(json.dumps(content))
+    assert study_result._unequal(config, folder) == ["optim.total_steps (full 80, scratch 90)"]

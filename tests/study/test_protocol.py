@@ -9,13 +9,14 @@ from mednext_jax.study import protocol
 CONFIG = {
     "arms": ["full", "lora"], "note": "", "rates": {"trials": 3, "max_trials": 6, "subsets": 3}, "crossed": True,
     "subset_seeds": [0, 1, 2, 3, 4], "init_seeds": [0, 1, 2], "order_seeds": [0, 1, 2], "ablations": [],
-    "few_shot": {"sizes": []},
+    "few_shot": {"sizes": []}, "max_train_cases": 24,
 }  # fmt: skip
 TRIALS = {"full": {-1: 0.5, 0: 0.6, 1: 0.5}, "lora": {-1: 0.4, 0: 0.5, 1: 0.3}}
 
 
-def fixed(folder, config=CONFIG, trials=TRIALS):
-    content = protocol.content(config, trials, {"full": 1e-3, "lora": 1e-2}, {"source": ["b", "a"], "target": ["c"]})
+def fixed(folder, config=CONFIG, trials=TRIALS, left_out=()):
+    content = protocol.content(config, trials, {"full": 1e-3, "lora": 1e-2}, {"source": ["b", "a"], "target": ["c"]},
+                               left_out)  # fmt: skip
     (folder / protocol.PROTOCOL_FILE).write_text(json.dumps(content))
     return content
 
@@ -59,9 +60,14 @@ def test_a_full_protocol_has_no_deviations(tmp_path):
         ({}, {**TRIALS, "lora": {-1: 0.1, 0: 0.2, 1: 0.3, 2: 0.1}}, "full 3, lora 4"),
         ({"subset_seeds": [0]}, TRIALS, "1 value(s) of subset_seeds"),
         ({"crossed": False}, TRIALS, "not crossed"),
+        ({"max_train_cases": 0}, TRIALS, "trains on all training cases"),
         ({"rates": {"trials": 1, "subsets": 1}}, {}, "not chosen by trials"),
         ({"ablations": ["squeezed"]}, TRIALS, "chosen for the main comparison"),
     ),
 )
 def test_shortcuts_are_written_down(tmp_path, change, trials, said):
     assert any(said in line for line in protocol.deviations(fixed(tmp_path, {**CONFIG, **change}, trials)))
+
+
+def test_what_was_left_out_is_a_deviation(tmp_path):
+    assert protocol.deviations(fixed(tmp_path, left_out=["No few-shot curve."])) == ["No few-shot curve."]

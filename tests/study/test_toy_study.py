@@ -46,3 +46,11 @@ def test_two_arms_that_are_the_same_method_have_a_difference_whose_interval_cove
 
 def test_the_drop_between_the_cohorts_is_found(concluded):
     assert concluded["estimates"]["drop"]["low"] > 0.1
+
+
+def test_what_the_arms_rule_out_is_left_out_and_said(concluded):
+    said = [line for line in concluded["deviations"] if line.startswith("Not put in: permuted_channels, squeezed")]
+    assert len(said) == 1 and "config.arms lacks paper_sequential" in said[0]
+    assert "Faults of the released study" not in concluded["tables"]
+    assert concluded["tables"]["Few-shot"]["header"] == ["arm", "1 case", "4 cases"]
+    assert [row[0] for row in concluded["tables"]["Few-shot"]["rows"]] == ["full", "zero-shot"]

@@ -2,6 +2,7 @@
 
 ``full`` and ``again`` differ in nothing but the order of their patches; ``frozen`` is full fine-tuning at a learning
 rate that moves no weight. The cohorts are those of ``cohorts.py``: who does not learn the target sees no tumour there.
+What these arms rule out is asked for too: the study leaves it out and says so.
 """
 
 from ml_collections import ConfigDict
@@ -28,6 +29,8 @@ def get_config() -> ConfigDict:
     c.recipes.frozen = ConfigDict(dict(file="full", overrides=("optim.peak_lr=1e-20",)))
     c.arms = ("full", "again", "frozen")
     c.max_train_cases = 4
+    c.few_shot.update(sizes=(1, 4), arms=("full", "lora"), replicates=1)
+    c.ablations = study.FAULTS  # none is possible: they are compared by an arm that is not here
     c.predict.min_component_mm3 = ()
     c.pages = ()
     return c

@@ -14,7 +14,7 @@ VARIANTS = [(name, arg) for name in EXPERIMENTS for arg in (None, "demo")] + [("
 def test_config_has_the_default_fields_and_possible_values(name, arg):
     module = importlib.import_module(f"configs.{name}")
     config = workdir.plain(module.get_config(arg))
-    assert workdir._leaves(config).keys() == workdir._leaves(workdir.plain(default.get_config())).keys()
+    assert workdir.leaves(config).keys() == workdir.leaves(workdir.plain(default.get_config())).keys()
     experiment.check_config(config)
     experiment.method_of(config)
     losses.make_loss(config["loss"], config["model"]["output"], {"WT": [1, 2, 3]})
@@ -41,7 +41,7 @@ def test_config_offers_every_option_of_every_method():
 def test_demo_and_full_size_arms_share_everything_but_what_they_are_about():
     for arg in (None, "demo"):
         full, scratch = (
-            workdir._leaves(workdir.plain(importlib.import_module(f"configs.{name}").get_config(arg)))
+            workdir.leaves(workdir.plain(importlib.import_module(f"configs.{name}").get_config(arg)))
             for name in ("full", "scratch")
         )
         differing = {field for field in full if full[field] != scratch[field]}
