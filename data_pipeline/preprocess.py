@@ -57,7 +57,7 @@ def preprocess(
 
     Raises:
       FileNotFoundError: no such folder.
-      ValueError: no case, problems in the data, impossible splits, or a store of other cases there.
+      ValueError: no case, problems in the data, impossible splits, or scans or a store of other cases there.
       OSError: the disk is full, the folder cannot be written, a worker died (ChildProcessError).
     """
     label_map = labels.check_label_map(label_map)
@@ -67,6 +67,7 @@ def preprocess(
     if not cases and not problems:
         raise ValueError(f"{shown(input_folder)}: no BraTS case; files must be named like {cohorts.EXAMPLES}")
     _stop_if_bad(problems, input_folder, skip_bad, " of names, no scan was read yet")
+    _refuse_scans(Path(store_path))
 
     def split(patients: Mapping[str, str]) -> dict:
         if splits:
@@ -189,6 +190,12 @@ def _print_problems(problems: Sequence[Problem]) -> None:
         print(f"left out: {first}{f' (and {len(rest)} more problems)' if rest else ''}", file=sys.stderr)
     if left_out:
         print(f"{len(left_out)} case{'s' * (len(left_out) > 1)} left out", file=sys.stderr)
+
+
+def _refuse_scans(path: Path) -> None:
+    """Among scans a store would be taken for them, and they for it."""
+    if scan := next((file for file in path.rglob("*.nii*") if file.is_file()), None):
+        raise ValueError(f"{shown(path)}: holds scans ({shown(scan)}); a store needs a folder of its own")
 
 
 def _refuse_other_cases(path: Path, cases: Sequence[Case], problems: Sequence[Problem]) -> None:

@@ -65,6 +65,7 @@ NOTE = flags.DEFINE_string("note", "", "Line at the top of the report, such as: 
 PAGE = flags.DEFINE_bool("page", True, "Write report.html, and viewer.html where it can be.")
 VIEWER_CASES = flags.DEFINE_integer("viewer_cases", 3, "Cases in the 3-D viewer; 0 for none.", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.")
+OPTIONAL_FILES = ("brats2023.csv", "report.html", "viewer.html")  # which of them are written is the user's choice
 
 
 def parse_predictions(values: list[str]) -> dict[str, str]:
@@ -187,6 +188,8 @@ def main(_) -> int:
     tables.write_table(output / "metrics.csv", evaluation.table)
     tables.write_lesions(output / "lesions.csv", evaluation.lesions)
     tables.write_json(output / "summary.json", summary.as_json(evaluation, result, made))
+    for name in OPTIONAL_FILES:  # those of an evaluation before this one would contradict the tables
+        (output / name).unlink(missing_ok=True)
     if FORMAT.value == "brats2023":
         official.write(output / "brats2023.csv", evaluation.table)
     if PAGE.value:

@@ -71,6 +71,8 @@ def case_lists(config: Mapping[str, Any], store: Store) -> tuple[list[str], list
         else (f"fold{fold}/train", f"fold{fold}/val")
     )
     train, val = ([case for case in store.split(name) if store.cases[case]["labelled"]] for name in names)
+    if not any(case["labelled"] for case in store.cases.values()):
+        raise ValueError(f"{store.path}: no case has a segmentation; to train, put them beside the scans")
     most = section["max_train_cases"]
     if most:
         if most > len(train):

@@ -149,7 +149,7 @@ def find_model(path: str | os.PathLike) -> Path:
             return directory
     if (path / "best" / DESCRIPTION_FILE).is_file():
         raise FileNotFoundError(f"{path} has no model/, its training is not finished; best so far: {path / 'best'}")
-    reason = f"holds no {DESCRIPTION_FILE}" if path.is_dir() else "does not exist"
+    reason = f"holds no {DESCRIPTION_FILE}" if path.is_dir() else "is a file" if path.exists() else "does not exist"
     raise FileNotFoundError(f"{path} {reason}: give a model directory, or a training workdir that has model/")
 
 

@@ -242,6 +242,16 @@ def test_store_of_other_cases_is_not_overwritten(raw_case, tmp_path):
     assert content(made.path) == before
 
 
+def test_no_store_is_made_among_scans(raw_case, tmp_path):
+    raw_case()
+    raw_case(folder="others")
+    for place in ("raw", "others"):
+        before = content(tmp_path / place)
+        with pytest.raises(ValueError, match=r"holds scans \(.*\); a store needs a folder of its own"):
+            make(tmp_path, name=place)
+        assert content(tmp_path / place) == before
+
+
 def test_killed_run_leaves_no_half_case_and_ends_like_an_uninterrupted_one(raw_case, tmp_path):
     for number in range(12):
         raw_case(f"BraTS-SSA-{number:05d}-000", shape=(23, 40, 31))

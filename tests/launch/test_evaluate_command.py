@@ -179,9 +179,11 @@ def test_missing_predictions_end_in_exit_code_1_where_all_are_required(tmp_path)
     assert code == 1 and "WARNING: pred has no prediction for 1 of 2" in out
     assert err == "error: predictions are missing, and --require_all was given\n"
     assert (tmp_path / "out" / "summary.json").exists()
+    assert (tmp_path / "out" / "report.html").exists()
     (tmp_path / "refs" / "b.nii.gz").unlink()
-    code, out, _ = _evaluate(*arguments, f"--output={tmp_path / 'out'}")
+    code, out, _ = _evaluate(*arguments, "--nopage", f"--output={tmp_path / 'out'}")
     assert code == 0 and "WARNING" not in out
+    assert not (tmp_path / "out" / "report.html").exists()  # it told of the evaluation before
 
 
 def test_references_of_two_brats_releases_are_read_by_their_names(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,10 +149,14 @@ def test_error_is_one_line_with_exit_code_1(environment, tmp_path, flags, messag
         ({"store": "STORE", "fold": 9}, "no split 'fold9/train'"),
         ({"store": "STORE", "fold": 0, "max_train_cases": 99}, "max_train_cases is 99, but .* has 8"),
         ({"store": "STORE,STORE"}, "is in .* and in .*: leave one out"),
+        ({"root": "UNLABELLED"}, "no case has a segmentation; to train"),
     ],
 )
-def test_data_that_can_not_be_opened_is_one_line(straight, tmp_path, section, message):
+def test_data_that_can_not_be_opened_is_one_line(straight, raw_folder, tmp_path, section, message):
     store = str(next(straight[0].parent.glob("store-*")))
+    if section.get("root") == "UNLABELLED":
+        without = shutil.ignore_patterns("*-seg.nii.gz")
+        section = {"root": str(shutil.copytree(raw_folder, tmp_path / "raw", ignore=without))}
     config = default.get_config("demo")
     config.data.update({**section, "store": section.get("store", "").replace("STORE", store)})
     with pytest.raises((ValueError, FileNotFoundError), match=message):
