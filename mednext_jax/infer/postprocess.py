@@ -22,7 +22,7 @@ class PostProcess:
     """How probabilities become labels.
 
     Attributes:
-      min_component_mm3: region -> volume; components (26 neighbours) below it are removed. Off: {}.
+      thresholds: region -> probability from which a voxel belongs to it; 0.5 for regions not named. Not for
         networks that predict labels, whose most probable label wins.
       min_component_mm3: region -> volume; smaller connected components (26 neighbours) are removed. Off: {}.
       min_total_mm3: region -> volume; a region that is smaller as a whole is removed. ``{"ET": 200}`` is the
