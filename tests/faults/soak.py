@@ -1,4 +1,4 @@
-r"""The long fault test-bench: kills, damage, malformed inputs, devices and processes, ten thousand steps.
+r"""The long fault test-bench: kills, damage, malformed inputs, devices and processes, a study, ten thousand steps.
 
     make soak                                        # everything, then the table
     python -m tests.faults.soak --section kills      # one part
@@ -131,6 +131,23 @@ def losses(good: Path, scratch: Path) -> dict[str, Any]:
     return {"rows": {"one of two processes killed": seen}, "faults": lost.faults}
 
 
+def study(good: Path, scratch: Path) -> dict[str, Any]:
+    """A whole study, killed twice, two processes at the end."""
+    from tests.faults import killed_study
+
+    del good  # it has cohorts of its own
+    found = killed_study.kill_study(killed_study.study_flags(scratch), scratch, SEED)
+    shares = " and ".join(map(str, found.shares))
+    rows = {
+        "study: killed with all its processes": f"{found.killed} times, {found.processes} processes; "
+        f"{found.in_training} left a half-done training run",
+        "study: restarted": f"{found.restarts} times; at last two processes side by side, which did {shares} steps",
+        "study: files compared": f"{found.compared}: results.json without times, tables, label maps, weights, metrics",
+        "study: mismatches": f"{found.mismatches} (byte for byte, against a study left alone)",
+    }
+    return {"rows": rows, "faults": found.faults}
+
+
 def _endurance(good: Path, scratch: Path, workers: int) -> dict[str, Any]:
     from tests.faults import endurance
 
@@ -157,7 +174,7 @@ def endurance_workers(good: Path, scratch: Path) -> dict[str, Any]:
 
 PARTS: dict[str, Part] = {
     part.__name__: part
-    for part in (kills, damage, malformed, devices, moves, losses, endurance, endurance_workers)
+    for part in (kills, damage, malformed, devices, moves, losses, study, endurance, endurance_workers)
 }
 
 

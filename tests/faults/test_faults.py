@@ -2,13 +2,17 @@
 
 import json
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
 from data_pipeline import preprocess
 from mednext_jax.train.checkpoints import RECORDS, Checkpoints
-from tests.faults import bench, damage, endurance, fuzz, inputs, kills, soak, topology
+from tests.faults import bench, damage, endurance, fuzz, inputs, killed_study, kills, soak, topology
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,40 @@ def test_bench_notices_growth_and_different_runs(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     assert topology.difference(tmp_path / "one", tmp_path / "other") == 0.25
     assert topology.difference(tmp_path / "one", tmp_path / "short") == float("inf")
+
+
+def finished_study(folder, seconds: str, flops: str = "1.5", label: bytes = b"label", weights: bytes = b"weights"):
+    """What two studies are compared by, as a study would leave it."""
+    cost = {"header": ["arm", "GFLOP per step", "seconds per step"], "rows": [["full", flops, seconds]]}
+    results = {"estimates": {"drop": 0.5}, "tables": {"Accuracy against compute": cost}}
+    for file, content in (("results.json", json.dumps(results).encode()), ("evaluation/metrics.csv", b"0.5"),
+                          ("predictions/target/full@0/a.nii.gz", label), ("done/result.json", seconds.encode()),
+                          ("runs/full@0/model/model.safetensors", weights)):  # fmt: skip
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(content)
+    return killed_study.outcome(folder)
+
+
+def test_bench_notices_a_study_that_ends_with_another_result(tmp_path):
+    alone = finished_study(tmp_path / "alone", "0.1")
+    assert len(alone) == 4
+    assert kills.differing(alone, finished_study(tmp_path / "slower", "0.2")) == []
+    for change, named in (({"flops": "3"}, "results.json"), ({"label": b"other"}, "a.nii.gz"),
+                          ({"weights": b"other"}, "model.safetensors")):  # fmt: skip
+        (name,) = kills.differing(alone, finished_study(tmp_path / named, "0.1", **change))
+        assert name.endswith(named)
+
+
+FORKS_AND_WAITS = "import os, time; os.setsid(); os.fork(); time.sleep(60)"
+
+
+def test_bench_kills_a_study_with_its_workers():
+    parent = subprocess.Popen([sys.executable, "-c", FORKS_AND_WAITS])
+    until = time.monotonic() + 30
+    while len(killed_study.members(parent.pid)) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert killed_study.kill(parent) == 2 and killed_study.members(parent.pid) == []
+    assert parent.wait() == -signal.SIGKILL
 
 
 def test_part_of_the_soak_is_run_again_only_if_it_had_faults(tmp_path, monkeypatch):
