@@ -4,8 +4,9 @@ An :class:`Adapter` is a description; the network hosts it at every site that it
 paths: stages (``enc_block_0``, ``bottleneck``), blocks (``enc_block_0/1``), ``down_2``, ``up_0``, ``stem``, heads
 (``out_0``) and layers (``enc_block_0/1/conv2``).
 
-Every adapter is the identity at initialisation, so an adapted network starts as exactly the pre-trained function. The
-released code of arXiv 2412.14100 does not; ``legacy=True`` reproduces it.
+Every adapter is the identity at initialisation: it adds zeros and multiplies by ones, so an adapted network starts as
+the pre-trained function, up to what a compiler rounds elsewhere. The released code of arXiv 2412.14100 does not;
+``legacy=True`` reproduces it.
 """
 
 import re

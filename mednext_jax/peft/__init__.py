@@ -1,7 +1,7 @@
 """Parameter-efficient fine-tuning: methods by name, rules over parameter paths, adapter files, merging.
 
     method = peft.create("conv_adapter", gamma=4)             # or "lora+norm", rank=8
-    model, params = method.apply_to(model, base_params, key)  # logits equal the base's, bit for bit
+    model, params = method.apply_to(model, base_params, key)  # starts as the base: the same logits
     trainable, frozen = peft.split(params, method.rule)       # gradients are taken of the first alone
     print(peft.summary(params, method.rule))
     peft.save_adapter(directory, method, params, base_params, info)

@@ -1,8 +1,8 @@
 """Folding adapters back into the base's own kernels, where the added branch is linear.
 
-    lora       kernel + alpha / rank * A B                                     (1x1 kernels, and taps x
-    channels of conv1) ssf        kernel * scale, bias * scale + shift                            (after a
-    convolution or a norm) depthwise  conv1 kernel + the branch's, padded with zeros to the same size
+    lora       kernel + alpha / rank * A B                 1x1 kernels, and conv1's as taps x channels
+    ssf        kernel * scale, bias * scale + shift        after a convolution or a norm
+    depthwise  conv1's kernel + the branch's               the branch's padded with zeros to the same size
 
 The merged network is a plain one: same cost as the base, no trace of the adapter. Everything else has an
 activation between its two layers, so no kernel of the base can hold it, and :func:`merge` says so.

@@ -28,7 +28,7 @@ class Parts:
       adapters: what it adds to the network, and so trains.
       rule: the base's own parameters that it trains.
       fresh: the base's parameters that it draws anew before training, or None.
-      identity: whether the adapted network starts as exactly the base's function.
+      identity: whether the adapted network starts as the base's function; see ``registry.Method``.
     """
 
     adapters: tuple[Adapter, ...] = ()
@@ -107,13 +107,14 @@ def depthwise(targets: Targets = "blocks") -> Parts:
 def ssf(scope: str = "layer", targets: Targets | None = None) -> Parts:
     """A scale and a shift per channel after every convolution and norm (SSF).
 
-    ``scope`` layer, or block: one pair after every block instead, which cannot be merged.
+    ``scope`` layer, or block: one pair after every block of the stages instead, which cannot be merged.
     """
     _one_of("scope", scope, ("layer", "block"))
     if scope == "layer":
         sites = where.within(targets or "all", where.layer("conv[123]|res_conv|norm|stem|conv_out"))
     else:
-        sites = where.within(targets or "blocks", where.BLOCK)
+        # Not the blocks that change resolution: after those, XLA may round elsewhere than in the base.
+        sites = where.within(targets or "stages", where.BLOCK)
     return Parts((Adapter(kind="ssf", target=sites),))
 
 

@@ -30,7 +30,10 @@ class Method:
       adapters: what is added to the network, plain data for ``MedNeXt(adapters=...)``.
       base_rule: the base's own parameters that are trained; ``rule`` adds those of the adapters.
       fresh: the base's parameters drawn anew by :meth:`apply_to`, or None.
-      identity: whether the adapted network starts as exactly the base's function.
+      identity: whether the adapted network starts as the base's function: what is added is zero, and what multiplies
+        is one. Compiled logits are then the base's bit for bit, but for what XLA rounds elsewhere in the larger
+        program: the last bits, with ``ssf`` after the down blocks and with a ``depthwise_adapter`` larger than the
+        kernel beside it (docs/peft.md has all that was seen).
     """
 
     name: str
@@ -59,7 +62,7 @@ class Method:
           base_params: its parameters, nested or flat.
           key: JAX key from which the new parameters are drawn.
 
-        Returns: (model, nested parameters). Where ``identity`` holds, logits equal the base's exactly.
+        Returns: (model, nested parameters). Where ``identity`` holds, logits equal the base's as it says.
 
         Raises:
           ValueError: the parameters are not the model's, or the method does not fit the network.
@@ -76,11 +79,13 @@ class Method:
         Raises:
           ValueError: the method does not fit the network.
         """
-        known = {*sum(model.sites().values(), ()), *parameter_shapes(model)}
+        sites, own = model.sites(), parameter_shapes(model)
+        known = {*sum(sites.values(), ()), *own}
         try:
-            for options in self.options.values():
+            for name, options in self.options.items():
                 if options.get("targets"):
                     where.check(options["targets"], known)
+                _check_part(name, options, sites, own)
             return attach.fit(model, self.adapters, self.rule)[1]
         except ValueError as error:
             raise ValueError(f"method {self.name!r}: {error}") from None
@@ -144,6 +149,25 @@ def options_of(method: str) -> dict[str, Any]:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; the methods are {', '.join(METHODS)}")
     return _defaults(method)
+
+
+def _check_part(
+    name: str, options: Mapping[str, Any], sites: Mapping[str, Sequence[str]], own: Mapping[str, Any]
+) -> None:
+    """Raise ValueError, in the words of the options, unless a method finds what it wants in a network.
+
+    Network and rule would refuse it too, but they know the regular expressions alone.
+    """
+    parts = METHODS[name](**options)
+    given = [f"{key}={value!r}" for key, value in options.items() if value != _defaults(name)[key]]
+    said = f"{name} with {', '.join(given)}" if given else name
+    for clause in parts.rule.clauses:
+        if not any(clause.matches(path) for path in own):
+            raise ValueError(f"{said} matches none of the network's {len(own)} parameters")
+    for spec in parts.adapters:
+        kinds = ("module", "layer") if spec.kind == "ssf" else (spec.site_kind,)
+        if not any(spec.matches(site) for kind in kinds for site in sites[kind]):
+            raise ValueError(f"{said} matches no {' or '.join(kinds)} of the network")
 
 
 def _distinct(specs: Sequence[Adapter]) -> tuple[Adapter, ...]:

@@ -24,6 +24,8 @@ def cost(config: Mapping[str, Any]) -> peft.Cost:
 def report(config: Mapping[str, Any]) -> Iterator[str]:
     """The parameter summary of the config's method, and then a table of costs: full fine-tuning, then the method.
 
+    A line below the table says what its FLOPs are relative to, and which memory it shows.
+
     The table takes a while: memory and time are those of the compiled step on this machine. A CPU times larger steps
     on a smaller patch and scales them by their arithmetic; the report says so.
 
@@ -45,7 +47,13 @@ def report(config: Mapping[str, Any]) -> Iterator[str]:
         head += f"; step time scaled from batch {timed_on[0]} of {'x'.join(map(str, timed_on[1]))}"
     yield "\n".join([head, peft.summary(shapes, method.rule), ""])
     rows = [peft.create("full")] + ([method] if method.name != "full" else [])
-    yield peft.markdown(_costs(rows, model, (batch_size, patch), timed_on))
+    costs = _costs(rows, model, (batch_size, patch), timed_on)
+    yield peft.markdown(costs)
+    yield (
+        f"FLOPs relative to full fine-tuning's: {costs[0].step_flops / 1e9:,.4g} GFLOP per step, "
+        f"{costs[0].predict_flops / 1e9:,.4g} GFLOP per prediction of a batch; step memory is that of the step's "
+        "temporaries, beside parameters and optimizer state"
+    )
 
 
 def _costs(

@@ -14,7 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
-from benchmarks import data, timing, traffic  # noqa: E402
+from benchmarks import data, ours, timing, traffic  # noqa: E402
+
+from mednext_jax.nn.mednext import MedNeXt  # noqa: E402
 
 
 def moved(function, *arguments):
@@ -98,6 +100,24 @@ def test_crops_per_second_are_counted_per_crop(tmp_path):
     assert row["name"] == "crop of 16^3 x 4"
     assert row["crops_per_second"] == 1 / row["seconds"] and row["crops_per_second_and_core"] == 1 / row["cpu_seconds"]
     assert data.demand(4, 2.0)["crops_per_second"] == 2
+
+
+def test_rows_of_methods_say_their_share_of_full_fine_tuning(monkeypatch):
+    model = MedNeXt(n_channels=2, exp_r=1, kernel_size=1, block_counts=(0,) * 9)
+    monkeypatch.setattr(ours, "model_of", lambda network: model)
+    table, (full, adapter) = ours.peft_rows({}, 16, 1, 1, ["linear_adapter:ratio=1:targets=decoder"])
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+        "| `full`", "| `linear_adapter` ratio=1, targets=decoder"]  # fmt: skip
+    assert set(full["ratio_to_full"].values()) == {1.0}
+    assert adapter["trainable"] == sum(2 * (width**2 + width) for width in (2, 4, 8, 16)) < full["trainable"]
+    for name, ratio in adapter["ratio_to_full"].items():
+        assert ratio == adapter[name] / full[name] > 0
+
+
+@pytest.mark.parametrize(("text", "message"), [("lora:rank", "no option=value"), ("lora:gamma=2", "no option 'gamma'")])
+def test_a_method_that_is_mistyped_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        ours.method_of(text)
 
 
 def benchmark(*arguments):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
@@ -285,7 +286,15 @@ def test_model_of_other_channels_is_refused_once_for_all_cases(tmp_path, model, 
 
 def test_merged_model_predicts_without_the_peft_package(tmp_path, model):
     write_case(tmp_path / "in", 1, AFFINES["flipped"])
-    peft.merge_directories(model, tmp_path / "adapter", tmp_path / "merged")
+    info, base = modeldir.load_model(model)
+    method = peft.create("lora", rank=1, targets="decoder")
+    _, params = method.apply_to(info.network(), base, jax.random.key(0))
+    trained = {path: leaf + 0.5 for path, leaf in peft.split(params, method.rule)[0].items()}
+    peft.save_adapter(tmp_path / "lora", method, {**paths.flatten(params), **trained}, base, info)
+    peft.merge_directories(model, tmp_path / "lora", tmp_path / "merged")
+    folded = paths.flatten(modeldir.load_model(tmp_path / "merged")[1])
+    changed = {path for path, leaf in paths.flatten(base).items() if not np.array_equal(folded[path], leaf)}
+    assert changed == {f"dec_block_{i}/0/{layer}/kernel" for i in range(4) for layer in ("conv2", "conv3")}
     program = (
         "import runpy, sys\n"
         "del sys.argv[0]\n"

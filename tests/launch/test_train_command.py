@@ -17,6 +17,7 @@ from configs import default
 from data_pipeline.store import Store
 from mednext_jax import modeldir
 from mednext_jax.nn import paths
+from mednext_jax.nn.mednext import parameter_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
@@ -161,6 +162,27 @@ def test_data_that_can_not_be_opened_is_one_line(straight, raw_folder, tmp_path,
     config.data.update({**section, "store": section.get("store", "").replace("STORE", store)})
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         training_data.open_data(config, tmp_path / "run")
+
+
+def test_dry_run_shows_the_method_beside_full_fine_tuning_without_data(environment, tmp_path):
+    info = modeldir.ModelInfo(
+        kwargs={"in_channels": 4, "n_channels": 2, "n_classes": 3, "exp_r": 1, "kernel_size": 1,
+                "block_counts": [0] * 9},
+        channels=("t1n", "t1c", "t2w", "t2f"), normalization="zscore_brain", output="regions",
+        label_scheme="brats2023", regions={"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}, patch_voxels=(16, 16, 16),
+    )  # fmt: skip
+    zeros = {path: np.zeros(leaf.shape, np.float32) for path, leaf in parameter_shapes(info.network()).items()}
+    modeldir.save_model(tmp_path / "base", info, zeros)
+    result = train(
+        environment, "--config=configs/peft.py", f"--config.init_from={tmp_path / 'base'}",
+        "--config.peft.method=lora+head", "--config.peft.rank=1", "--config.data.patch_voxels=(16,16,16)", "--dry_run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "trainable params: " in result.stdout
+    assert result.stdout.index("| `full` |") < result.stdout.index("| `lora+head` rank=1 |")
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("FLOPs relative to full fine-tuning's: ") and "beside parameters and optimizer" in last
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
 def test_subset_of_training_cases_depends_on_its_seed_alone(straight):

@@ -31,5 +31,16 @@ def base(network) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
+def network_in_space() -> MedNeXt:
+    """The smallest with three axes and shortcuts in the blocks that change resolution."""
+    return tiny(n_channels=2, block_counts=(0,) * 9, dim="3d", do_res_up_down=True)
+
+
+@pytest.fixture(scope="session")
+def base_in_space(network_in_space) -> dict[str, np.ndarray]:
+    return random_params(network_in_space)
+
+
+@pytest.fixture(scope="session")
 def image() -> np.ndarray:
     return np.random.default_rng(7).standard_normal((1, 32, 16, 4)).astype(np.float32)

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from mednext_jax import peft
+from mednext_jax.nn import paths
 from mednext_jax.nn.mednext import parameter_shapes
-from mednext_jax.nn.paths import unflatten
 from mednext_jax.peft import attach
 
 # Methods that add nothing share one compiled program, the base's; each of the others costs a compilation.
@@ -24,13 +24,17 @@ METHODS = [
     ("norm_bias_head", {}),
     ("depthwise", {}),
     ("ssf", {}),
+    ("ssf", {"scope": "block"}),
     ("lora", {"rank": 2}),
+    ("lora", {"rank": 2, "layers": "conv1"}),
     ("depthwise_adapter", {}),
     ("conv_adapter", {"gamma": 2}),
     ("conv_adapter", {"gamma": 4, "placement": "sequential", "scale": False}),
+    ("conv_adapter", {"gamma": 2, "scope": "block"}),
     ("conv_adapter", {"gamma": 2, "placement": "sequential", "position": "convolution", "scope": "block"}),
     ("conv_adapter", {"gamma": 2, "placement": "parallel", "position": "convolution", "scope": "block"}),
     ("linear_adapter", {}),
+    ("linear_adapter", {"placement": "parallel"}),
     ("paper_sequential", {}),
     ("paper_parallel", {}),
     ("lora+norm", {"rank": 2, "targets": "stem,down,up,head,decoder"}),
@@ -70,8 +74,31 @@ def gradient(model):
 def test_method_starts_as_the_base(pointwise, weights, image, name, options):
     model, params = peft.create(name, **options).apply_to(pointwise, weights, KEY)
     logits = attach.compiled(model)({"params": params}, image)
-    expected = attach.compiled(pointwise)({"params": unflatten(weights)}, image)
+    expected = attach.compiled(pointwise)({"params": paths.unflatten(weights)}, image)
     assert np.array_equal(logits, expected)
+
+
+def test_network_in_space_with_shortcuts_starts_as_the_base(network_in_space, base_in_space):
+    x = np.random.default_rng(7).standard_normal((1, 32, 16, 16, 4)).astype(np.float32)
+    method = peft.compose(
+        peft.create("lora", rank=2, layers="conv1,conv2,conv3,res_conv"),
+        peft.create("conv_adapter", gamma=2, targets="enc_block_0,bottleneck,down_0,up_0"),
+    )
+    model, params = method.apply_to(network_in_space, base_in_space, KEY)
+    assert "down_0/res_conv/lora_b" in paths.flatten(params)
+    logits = attach.compiled(model)({"params": params}, x)
+    expected = attach.compiled(network_in_space)({"params": paths.unflatten(base_in_space)}, x)
+    assert np.array_equal(logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("ssf", {"scope": "block", "targets": "down"}), ("depthwise_adapter", {"kernel_size": 3})]
+)
+def test_what_starts_as_the_base_but_for_rounding_stays_within_it(pointwise, weights, image, name, options):
+    model, params = peft.create(name, **options).apply_to(pointwise, weights, KEY)
+    logits = attach.compiled(model)({"params": params}, image)
+    expected = attach.compiled(pointwise)({"params": paths.unflatten(weights)}, image)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(("name", "options"), METHODS)

@@ -47,6 +47,19 @@ def test_linear_adapters_merge_into_a_plain_network_and_come_out_again(linear, n
         np.testing.assert_allclose(again[path], leaf, rtol=1e-4, atol=1e-4, err_msg=path)
 
 
+def test_linear_adapters_merge_in_space_and_at_shortcuts(network_in_space, base_in_space):
+    method = peft.compose(
+        peft.create("lora", rank=1, layers="conv1,conv3,res_conv"),
+        peft.create("ssf"),
+        peft.create("depthwise_adapter"),
+    )
+    model, params = method.apply_to(network_in_space, base_in_space, jax.random.key(2))
+    plain, merged = peft.merge(model, perturbed(params, method.rule))  # proves itself
+    assert plain == network_in_space and flatten(merged).keys() == base_in_space.keys()
+    moved = np.abs(merged["down_0"]["res_conv"]["kernel"] - base_in_space["down_0/res_conv/kernel"])
+    assert moved.max() > 0.1
+
+
 def test_merge_refuses_a_result_that_computes_something_else(linear, monkeypatch):
     _, model, params = linear
     monkeypatch.setitem(merging._FOLDS, "ssf", lambda flat, spec, inverse: {

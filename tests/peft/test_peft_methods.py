@@ -1,12 +1,16 @@
 """The registry of methods: parameter counts, options, composition. Nothing is computed here, only shapes."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
 
 from mednext_jax import peft
 from mednext_jax.nn.mednext import count_parameters, create_mednext, parameter_shapes
+from mednext_jax.peft import rules
+
+RESAMPLERS = [f"{way}_{level}" for way in ("down", "up") for level in range(4)]
 
 # Counted on the original's MedNeXt-S (kernel 3, four channels in, four classes).
 COUNTS = [
@@ -21,7 +25,7 @@ COUNTS = [
     ("last_stages", {"n_stages": 4}, 1_978_372),
     ("last_stages", {"n_stages": 1}, 16_448 + 10_304 + 132),
     ("ssf", {}, 46_792),
-    ("ssf", {"scope": "block"}, 8_768),
+    ("ssf", {"scope": "block"}, 5_888),
     ("lora", {"rank": 2}, 52_608),
     ("lora", {"rank": 4}, 105_216),
     ("lora", {}, 210_432),
@@ -73,11 +77,28 @@ def test_summary_prints_the_familiar_line_and_every_stage():
     assert rows[1].split() == ["enc_block_0", "11,496", "1,192", "10.37", "adapter"]
 
 
-def test_methods_reach_stem_resampling_blocks_and_head_by_targets():
-    for name in ("conv_adapter", "linear_adapter", "ssf", "lora", "bias", "full"):
-        method = peft.create(name, targets="stem,down,up,head")
-        trainable, _ = peft.split(adapted_shapes(method.adapters), method.rule)
-        assert {path.split("_")[0].split("/")[0] for path in trainable} == {"stem", "down", "up", "out"}
+@pytest.mark.parametrize("name", ["conv_adapter", "linear_adapter", "ssf", "lora", "bias", "full"])
+def test_methods_reach_stem_resampling_blocks_and_head_by_targets(name):
+    method = peft.create(name, targets="stem,down,up,head")
+    trainable, _ = peft.split(adapted_shapes(method.adapters), method.rule)
+    assert {rules.stage_of(path) for path in trainable} == {"stem", "out_0", *RESAMPLERS}
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("norm", {"norm/scale", "norm/bias"}),
+        ("depthwise", {"conv1/kernel", "conv1/bias"}),
+        ("depthwise_adapter", {"conv1/branch"}),
+        ("paper_sequential", {f"adapter/{layer}/{leaf}" for layer, leaves in [
+            ("conv1", ("kernel", "bias")), ("norm", ("scale", "bias")), ("conv2", ("kernel", "bias")),
+            ("conv3", ("kernel", "bias"))] for leaf in leaves}),
+    ],
+)  # fmt: skip
+def test_methods_without_a_place_at_stem_and_head_reach_resampling_blocks(name, places):
+    method = peft.create(name, targets="down,up")
+    trainable, _ = peft.split(adapted_shapes(method.adapters), method.rule)
+    assert trainable.keys() == {f"{block}/{place}" for block in RESAMPLERS for place in places}
 
 
 def test_lora_reaches_depthwise_kernels_as_taps_times_channels():
@@ -148,13 +169,17 @@ def test_composition_gives_each_part_its_options():
         ("conv_adapter", {"targets": "enc_block_7"}, "targets 'enc_block_7' matches nothing in this network; name"),
         ("norm", {"targets": "decoder,nowhere"}, "targets 'nowhere' matches nothing"),
         ("lora", {"targets": "down", "layers": "stem"}, "matches no layer"),
-        ("norm", {"targets": "stem"}, "matches none of the network's"),
+        ("lora", {"layers": "res_conv"}, "lora with layers='res_conv' matches no layer of the network"),
+        ("norm", {"targets": "stem"}, "norm with targets='stem' matches none of the network's"),
+        ("depthwise_adapter", {"targets": "stem"}, "depthwise_adapter with targets='stem' matches no layer"),
+        ("norm+depthwise", {"targets": "stem,head"}, "norm with targets='stem,head' matches none of the network's"),
         ("linear_adapter", {"targets": "down", "placement": "parallel"}, "cannot change the shape"),
     ],
 )
 def test_apply_to_refuses_a_method_that_does_not_fit_the_network(network, base, name, options, message):
-    with pytest.raises(ValueError, match=f"method '{name}': .*{message}"):
+    with pytest.raises(ValueError, match=f"method '{re.escape(name)}': .*{message}") as raised:
         peft.create(name, **options).apply_to(network, base, None)
+    assert "(?" not in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_apply_to_refuses_foreign_parameters_and_adapted_networks(network, base):

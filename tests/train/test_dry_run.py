@@ -46,6 +46,10 @@ def test_both_rows_have_every_figure(planned):
     for row in (full, norm):
         assert len(row) == 7 and all(row)
         assert row[5].endswith("MiB") and row[6].endswith(" s")
+    planned.peft.update(method="full")
+    gflop = dry_run.cost(planned).step_flops / 1e9
+    assert text.splitlines()[-1].startswith(f"FLOPs relative to full fine-tuning's: {gflop:.4g} GFLOP per step, ")
+    assert text.endswith("step memory is that of the step's temporaries, beside parameters and optimizer state")
 
 
 def test_a_large_step_is_timed_small_on_a_cpu_and_scaled_by_its_arithmetic(planned, monkeypatch):

@@ -25,6 +25,7 @@ def tree():
         "stem/kernel": jnp.ones((1, 1, 1, 2, 3)),
         "enc_block_0/0/norm/scale": jnp.ones(3),
         "dec_block_0/adapter/up/kernel": jnp.ones((1, 1, 1, 2, 3)),
+        "dec_block_0/0/grn_gamma": jnp.ones((1, 3)),
         "dec_block_0/0/conv2/ssf_scale": jnp.ones((1, 3)),
         "out_0/conv_out/bias": jnp.ones(3),
     }
@@ -59,7 +60,7 @@ def test_sgd_step_is_minus_rate_times_gradient():
 
 def test_clip_is_by_the_global_norm_over_all_groups():
     grads = jax.tree.map(jnp.ones_like, tree())
-    norm = np.sqrt(6 + 3 + 6 + 3 + 3)
+    norm = np.sqrt(sum(leaf.size for leaf in tree().values()))
     config = {"name": "sgd", "weight_decay": 0.0, "clip_norm": 0.1, "groups": (("out", 1.0, 0.0),)}
     for update in one_update(config, grads=grads).values():
         assert update == pytest.approx(-0.5 * 0.1 / norm)
