@@ -189,7 +189,11 @@ def test_damaged_or_foreign_description_is_refused(saved, text, line):
 @pytest.mark.parametrize(
     ("change", "line"),
     [({"output": "logits"}, "output is 'logits'"), ({"regions": {"WT": []}}, "at least one label value"),
-     ({"regions": [1]}, "does not describe"), ({"channels": ["t1n"]}, "takes 4 channels, but 1 are named"),
+     ({"regions": [1]}, r"model.json does not describe a model: regions is \[1\]; it must be names with values"),
+     ({"kwargs": None}, "model.json does not describe a model: kwargs is None; it must be names with values"),
+     ({"normalization": 3}, "model.json does not describe a model: normalization is 3; it must be a text"),
+     ({"channels": [1, None, 2, 3]}, r"channels is \(1, None, 2, 3\); give their names"),
+     ({"provenance": "x"}, "provenance is 'x'"), ({"channels": ["t1n"]}, "takes 4 channels, but 1 are named"),
      ({"output": "labels"}, "has 3 outputs"), ({"kwargs": {"pickle": 1}}, "do not fit MedNeXt"),
      ({"kwargs": {"n_channels": 2**40}}, "n_channels is 1099511627776: from 1 to 4096 is possible"),
      ({"kwargs": {"block_counts": [10**9] * 9}}, "from 0 to 1024 is possible"),
