@@ -225,14 +225,17 @@ def _float32(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _check_network(info: ModelInfo, flat: Mapping[str, np.ndarray], where: str) -> None:
     """Compare the leaves' paths, shapes and dtypes with the network's, and its ends with the description."""
-    network = info.network()
+    try:
+        network = info.network()
+        expected = parameter_shapes(network)
+    except TypeError as error:  # a text or null where the network computes with a number
+        raise ValueError(f"{where}: the network arguments do not fit MedNeXt: {error}") from None
     if network.in_channels != len(info.channels):
         raise ValueError(f"{where}: the network takes {network.in_channels} channels, "
                          f"but {len(info.channels)} are named")
     if network.n_classes != info.n_outputs:
         raise ValueError(f"{where}: the network has {network.n_classes} outputs, but output={info.output!r} "
                          f"with regions {info.regions} needs {info.n_outputs}")
-    expected = parameter_shapes(network)
     absent, foreign = expected.keys() - flat.keys(), flat.keys() - expected.keys()
     for kind, leaves in (("lacks", absent), ("has the unexpected", foreign)):
         if leaves:

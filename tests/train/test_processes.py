@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax._src import distributed
 
 from mednext_jax.train import devices
 
@@ -57,7 +58,9 @@ def without(variables, name):
     ({**SLURM, "SLURM_PROCID": "first"}, "'first'"),
     (without(SLURM, "SLURM_STEP_NODELIST"), "coordinator_address should be defined"),
 ])  # fmt: skip
-def test_launcher_that_says_too_little_is_told_with_the_way_out(launched, variables, told):
+def test_launcher_that_says_too_little_is_told_with_the_way_out(launched, monkeypatch, variables, told):
+    # JAX's own reading of the variables, in a state of its own: this process has used its devices already.
+    monkeypatch.setattr(jax.distributed, "initialize", distributed.State().initialize)
     launched(variables)
     with pytest.raises(ValueError, match=f"launcher.*{told}.*--coordinator=HOST:PORT") as error:
         devices.join_processes()
