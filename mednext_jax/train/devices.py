@@ -114,6 +114,11 @@ def make_mesh(n_devices: int = 0) -> Mesh:
     if n_devices > len(devices):
         raise ValueError(f"{n_devices} devices are asked for, {len(devices)} are there")
     devices = devices[: n_devices or len(devices)]
+    if len({device.process_index for device in devices}) < jax.process_count():
+        raise ValueError(
+            f"config.n_devices is {n_devices}, which leaves some of the {jax.process_count()} processes without a "
+            "device: 0 takes all"
+        )
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 

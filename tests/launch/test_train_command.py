@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -145,6 +146,26 @@ def test_run_stopped_while_it_preprocesses_keeps_the_finished_cases(environment,
         f"{number.name}: stopped before training; the same command with --workdir={workdir} goes on from there"
     ]
     assert not errors and done[0].exists() and not list(tmp_path.glob("store-*/dataset.json"))
+
+
+def test_two_processes_that_are_stopped_by_ctrl_c_say_so_once(straight, environment, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"--coordinator=127.0.0.1:{probe.getsockname()[1]}"
+    store, workdir = next(straight[0].parent.glob("store-*")), tmp_path / "run"
+    flags = [*TINY, f"--config.data.store={store}", f"--workdir={workdir}", "--config.optim.total_steps=4000",
+             "--config.data.batch_size=2", "--config.n_devices=0", "--config.deterministic=True", place,
+             "--process_count=2"]  # fmt: skip
+    pair = [train(environment, *flags, f"--process_id={i}", start=True) for i in (0, 1)]
+    try:
+        second, _ = kill_at_step(pair[1], workdir, 2, signal.SIGINT)
+        first, _ = pair[0].communicate(timeout=120)
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [75, 75]
+    assert first.count("config.deterministic: on a GPU") == first.count("SIGTERM: saved at step") == 1
+    assert "config.deterministic" not in second and "SIGTERM" not in second
 
 
 HANGING_THREAD = """

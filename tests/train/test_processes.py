@@ -73,6 +73,12 @@ def test_address_without_a_port_is_refused(address):
         devices.join_processes(address, 2, 0)
 
 
+def test_process_without_a_device_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="config.n_devices is 1, which leaves some of the 2 processes"):
+        devices.make_mesh(1)
+
+
 MEETING = """
 import sys, time
 import jax
