@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import queue
+import shutil
 import signal
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import grain
 import numpy as np
 from absl import flags
 
+CLOSE_SECONDS = 10.0  # a worker that is well ends in a fraction of a second
+
 
 class Reader:
     """Reads a dataset of dicts of arrays from its start, one element per ``read``.
 
-    The waiting is done in a thread, so that it can end: Grain itself waits for ever on a worker that is alive
-    but stuck.
+    Reading and closing are done in threads, so that the waiting for them can end: Grain itself waits for ever on
+    a worker that is alive but stuck.
     """
 
     def __init__(self, dataset, workers: int, threads: int, buffer: int):
-        self._iterator = iterate(dataset, workers, threads, buffer)
+        self._pids = tempfile.mkdtemp(prefix="stream-reader-") if workers else ""
+        self._iterator = iterate(dataset, workers, threads, buffer, self._pids)
         self._shared = workers > 0
         self._orders: queue.SimpleQueue = queue.SimpleQueue()
         self._results: queue.SimpleQueue = queue.SimpleQueue()
@@ -55,14 +62,26 @@ class Reader:
         return batch
 
     def close(self) -> None:
+        """Ends threads and workers; those that do not end by themselves are killed."""
         self._orders.put(False)
-        self._iterator.close()
+        closing = threading.Thread(target=self._iterator.close, name="stream-reader-close", daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
+        if closing.is_alive():
+            # Not other children of this process, whose own readers may be well.
+            for process in multiprocessing.active_children():
+                if self._pids and Path(self._pids, str(process.pid)).exists():
+                    process.kill()
+            closing.join(CLOSE_SECONDS)
+        if self._pids:
+            shutil.rmtree(self._pids, ignore_errors=True)
 
 
-def iterate(dataset, workers: int, threads: int, buffer: int):
+def iterate(dataset, workers: int, threads: int, buffer: int, pids: str):
     """Returns Grain's iterator over the dataset, which reads ahead at most about ``buffer`` elements.
 
-    In ``threads`` of this process (0: when asked) or in ``workers`` processes, each with one thread.
+    In ``threads`` of this process (0: when asked) or in ``workers`` processes, each with one thread. Each worker
+    leaves an empty file in the folder ``pids``, named by its process id.
     """
     if workers == 0:
         # Grain's default buffer is 500 elements: 500 batches would not fit in memory.
@@ -75,11 +94,13 @@ def iterate(dataset, workers: int, threads: int, buffer: int):
     options = grain.MultiprocessingOptions(
         num_workers=workers, per_worker_buffer_size=max(1, buffer // workers)
     )
-    return iter(dataset.to_iter_dataset(one_by_one).mp_prefetch(options, worker_init_fn=_set_up_worker))
+    set_up = functools.partial(_set_up_worker, pids)
+    return iter(dataset.to_iter_dataset(one_by_one).mp_prefetch(options, worker_init_fn=set_up))
 
 
-def _set_up_worker(index: int, count: int) -> None:
-    """Keeps a worker process off the accelerator, deaf to Ctrl-C, and from outliving its parent."""
+def _set_up_worker(pids: str, index: int, count: int) -> None:
+    """Keeps a worker process off the accelerator, deaf to Ctrl-C, and from outliving its parent; says which it is."""
+    Path(pids, str(os.getpid())).touch()
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:  # Grain imports it where it is installed
         sys.modules["jax"].config.update("jax_platforms", "cpu")

@@ -5,10 +5,11 @@ r"""Trains or fine-tunes a network as a config says; the same --workdir goes on 
         --config.init_from=runs/pretrain --workdir=runs/peft
     python launch/train.py --config=configs/peft.py --config.peft.method=lora+head ... --dry_run
 
-Exit codes: 0 finished; 1 an error, told in one line; 75 stopped by SIGTERM or SIGUSR1 and 130 by Ctrl-C,
-both after saving: the same command goes on.
+Exit codes: 0 finished; 1 an error, told in one line; 75 stopped by SIGTERM or SIGUSR1 and 130 by Ctrl-C
+(75 with several processes), both after saving: the same command goes on.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -42,16 +43,19 @@ def run(config, workdir: str) -> dict:
 
     if config.deterministic:
         devices.make_deterministic()
-        print(DETERMINISTIC_COST, flush=True)
+    import jax  # imports take seconds: not before the flags were checked
     import processes
-    import training_data  # its imports take seconds: not before the flags were checked
+    import training_data
 
-    from mednext_jax.train import experiment, loop
+    from mednext_jax.train import experiment, loop, preemption
     from mednext_jax.train.workdir import plain
 
     experiment.check_config(plain(config))  # a typo is told before a cohort is preprocessed
     with processes.joined(COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value):
-        data = training_data.open_data(config, workdir)
+        if config.deterministic and jax.process_index() == 0:
+            print(DETERMINISTIC_COST, flush=True)
+        with preemption.stopped_at_once(workdir):
+            data = training_data.open_data(config, workdir)
         try:
             return loop.fit(config, data, workdir)
         finally:
@@ -72,13 +76,23 @@ def main(_) -> int:
         return 0
     if not WORKDIR.value:
         raise ValueError("no --workdir: give the folder for checkpoints, logs and the model")
+    import jax
+
     from mednext_jax.train.preemption import Interrupted
 
     try:
         run(config, WORKDIR.value)
     except Interrupted as stopped:
-        print(stopped, flush=True)
+        if jax.process_index() == 0:
+            print(stopped, flush=True)
         return stopped.exit_code
+    except TimeoutError as error:
+        if command.DEBUG.value:
+            raise
+        # At its end Python waits for all reading threads, and one that waits for a dead disk may never return.
+        sys.stdout.flush()
+        print(f"error: {command.one_line(error)}", file=sys.stderr, flush=True)
+        os._exit(1)
     return 0
 
 

@@ -29,6 +29,7 @@ FORMAT_VERSION = 1
 DESCRIPTION_FILE = "model.json"
 PARAMETERS_FILE = "model.safetensors"
 OUTPUTS = ("regions", "labels")
+OBJECTS, TEXTS = ("kwargs", "regions", "provenance"), ("normalization", "output", "label_scheme", "params_hash")
 # Far above any network there is: a forged description must not keep the machine busy building one.
 MOST = {"n_channels": 2**12, "in_channels": 2**10, "n_classes": 2**10, "kernel_size": 99, "exp_r": 2**10,
         "block_counts": 2**10}  # fmt: skip
@@ -62,6 +63,12 @@ class ModelInfo:
     params_hash: str = ""
 
     def __post_init__(self) -> None:
+        for names, kind, told in ((OBJECTS, Mapping, "names with values"), (TEXTS, str, "a text")):
+            for name in names:
+                if not isinstance(value := getattr(self, name), kind):
+                    raise ValueError(f"{name} is {value!r}; it must be {told}")
+        if not all(isinstance(channel, str) for channel in self.channels):
+            raise ValueError(f"channels is {self.channels!r}; give their names")
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "patch_voxels", tuple(int(n) for n in self.patch_voxels))
         regions = {name: [int(value) for value in values] for name, values in self.regions.items()}
@@ -218,14 +225,17 @@ def _float32(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _check_network(info: ModelInfo, flat: Mapping[str, np.ndarray], where: str) -> None:
     """Compare the leaves' paths, shapes and dtypes with the network's, and its ends with the description."""
-    network = info.network()
+    try:
+        network = info.network()
+        expected = parameter_shapes(network)
+    except TypeError as error:  # a text or null where the network computes with a number
+        raise ValueError(f"{where}: the network arguments do not fit MedNeXt: {error}") from None
     if network.in_channels != len(info.channels):
         raise ValueError(f"{where}: the network takes {network.in_channels} channels, "
                          f"but {len(info.channels)} are named")
     if network.n_classes != info.n_outputs:
         raise ValueError(f"{where}: the network has {network.n_classes} outputs, but output={info.output!r} "
                          f"with regions {info.regions} needs {info.n_outputs}")
-    expected = parameter_shapes(network)
     absent, foreign = expected.keys() - flat.keys(), flat.keys() - expected.keys()
     for kind, leaves in (("lacks", absent), ("has the unexpected", foreign)):
         if leaves:

@@ -38,6 +38,12 @@ class Progress:
     window: list[dict[str, float]] = dataclasses.field(default_factory=list)
     plateau: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, getattr(field.type, "__origin__", field.type)):  # of dict[str, float]: dict
+                raise TypeError(f"{field.name} is {value!r}")
+
     def written(self, step: int) -> tuple[int, int]:
         """Last step whose validation, and whose line of means, was in the log when ``step`` was saved."""
         return self.validated_step, step - bool(self.window)
@@ -97,7 +103,10 @@ def _resume(
 ) -> Beginning:
     records = checkpoints.records(step)
     workdir.check_same_config(records["config"], config, folder)
-    progress = Progress(**records["progress"])
+    try:
+        progress = Progress(**records["progress"])
+    except TypeError as error:
+        raise checkpoints.damaged(step, f"its record progress does not fit: {error}") from error
     info, params = modeldir.load_model(folder / BASE)
     modeldir.check_channels(info, data.contract.channels, data.contract.normalization)
     if info.params_hash != progress.base_hash:

@@ -159,7 +159,9 @@ class Checkpoints:
         sums = self._described(step)["records"]
         for name, record in records.items():
             if describe_record(record) != sums.get(name):
-                raise self._damaged(step, f"its record {name} does not have its CRC32")
+                raise self.damaged(step, f"its record {name} does not have its CRC32")
+            if not isinstance(record, dict):
+                raise self.damaged(step, f"its record {name} is none")
         return records
 
     def restore(self, template: Any, step: int) -> Any:
@@ -176,12 +178,12 @@ class Checkpoints:
         try:
             compare(leaves, expected, f"checkpoint {self.directory / str(step)}")
         except (KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(step, "its list of leaves is none") from error
+            raise self.damaged(step, "its list of leaves is none") from error
         own = {path: np.empty(leaf["shape"], leaf["dtype"]) for path, leaf in leaves.items()}
         flat = self._read(step, {"state": ocp.args.StandardRestore(own)})["state"]
         for path, found in describe_leaves(flat).items():
             if found != leaves[path]:
-                raise self._damaged(step, f"{path} does not have its CRC32")
+                raise self.damaged(step, f"{path} does not have its CRC32")
         _, structure = jax.tree_util.tree_flatten(template)
         return jax.tree_util.tree_unflatten(structure, [flat[path] for path in expected])
 
@@ -191,10 +193,11 @@ class Checkpoints:
         if not isinstance(described, dict) or not all(
             isinstance(described.get(part), dict) for part in ("leaves", "records")
         ):
-            raise self._damaged(step, "its list of leaves is none")
+            raise self.damaged(step, "its list of leaves is none")
         return described
 
-    def _damaged(self, step: int, reason: str) -> ValueError:
+    def damaged(self, step: int, reason: str) -> ValueError:
+        """The error that names a step's folder and what to do."""
         where = self.directory / str(step)
         return ValueError(f"checkpoint {where} is damaged: {reason}. {self._remedy(step)}")
 

@@ -16,6 +16,7 @@ Tree = Any
 # Variables that launchers set to the number of tasks: SLURM's srun (not sbatch: its script is one process) and
 # Open MPI's mpirun.
 LAUNCHER_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+BY_HAND = "name the first one with --coordinator=HOST:PORT, --process_count and --process_id"
 DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 JOIN_SECONDS = 300  # longest wait for all processes to be there
 MEET_SECONDS = 1800  # longest wait for the slowest to compile, or to validate its cases
@@ -38,8 +39,10 @@ def join_processes(coordinator: str = "", process_count: int = 0, process_id: in
                 f"--coordinator needs --process_count (it is {process_count}) and --process_id, from 0 to "
                 f"one less (it is {process_id})"
             )
+        if not coordinator.rpartition(":")[2].isdecimal():
+            raise ValueError(f"--coordinator is {coordinator!r}: give the first process's address as HOST:PORT")
         place = {"coordinator_address": coordinator, "num_processes": process_count, "process_id": process_id}
-    elif any(int(os.environ.get(name) or 1) > 1 for name in LAUNCHER_SIZES):
+    elif any(_launched(name) > 1 for name in LAUNCHER_SIZES):
         place = {}
     else:
         return
@@ -47,12 +50,24 @@ def join_processes(coordinator: str = "", process_count: int = 0, process_id: in
         jax.distributed.initialize(
             **place, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
+    except (ValueError, LookupError) as error:  # of a launcher's variable that is absent or garbage; JAX reads several
+        raise ValueError(
+            f"the launcher's variables do not say where this run's processes are ({error}): {BY_HAND}"
+        ) from error
     except RuntimeError as error:  # JAX's own errors are RuntimeErrors
         first_line = (str(error).splitlines() or [""])[0][:200]
         raise OSError(
             f"the processes of this run did not find each other ({first_line}): start as many as asked for, "
             "within five minutes, and check that the first one's host and port can be reached"
         ) from error
+
+
+def _launched(name: str) -> int:
+    """The number of tasks that a launcher's variable holds; 1 without it."""
+    value = os.environ.get(name) or "1"
+    if not value.isdecimal():
+        raise ValueError(f"the launcher's variable {name} is {value!r}, no number of processes: unset it, or {BY_HAND}")
+    return int(value)
 
 
 def lost_another(error: BaseException | None) -> bool:
@@ -99,6 +114,11 @@ def make_mesh(n_devices: int = 0) -> Mesh:
     if n_devices > len(devices):
         raise ValueError(f"{n_devices} devices are asked for, {len(devices)} are there")
     devices = devices[: n_devices or len(devices)]
+    if len({device.process_index for device in devices}) < jax.process_count():
+        raise ValueError(
+            f"config.n_devices is {n_devices}, which leaves some of the {jax.process_count()} processes without a "
+            "device: 0 takes all"
+        )
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 

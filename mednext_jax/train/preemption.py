@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import jax
@@ -15,16 +17,44 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Interrupted(Exception):
     """The run was asked to stop and saved its state first.
 
+    Args:
+      step: where it stopped; None before training, where there is nothing to save.
+
     Attributes:
       exit_code: what the process should end with.
     """
 
-    def __init__(self, signal_number: int, step: int, workdir: object):
+    def __init__(self, signal_number: int, step: int | None, workdir: object):
         name = signal.Signals(signal_number).name
-        super().__init__(
-            f"{name}: saved at step {step}; the same command with --workdir={workdir} goes on from there"
-        )
+        where = "stopped before training" if step is None else f"saved at step {step}"
+        super().__init__(f"{name}: {where}; the same command with --workdir={workdir} goes on from there")
         self.exit_code = CTRL_C_EXIT_CODE if signal_number == signal.SIGINT else REQUEUE_EXIT_CODE
+
+
+@contextmanager
+def stopped_at_once(workdir: object) -> Iterator[None]:
+    """Ends the block at the first of :data:`SIGNALS`: for work before training that keeps what it has finished.
+
+    Raises: Interrupted, whatever else the signal brought about in the block.
+    """
+    caught: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        raise KeyboardInterrupt  # which no library takes for an error of its own
+
+    # With several processes SIGTERM is JAX's, and nothing here takes long.
+    numbers = SIGNALS if jax.process_count() == 1 else ()
+    previous = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    except BaseException:
+        if not caught:
+            raise
+        raise Interrupted(caught[0], None, workdir) from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class StopRequests:

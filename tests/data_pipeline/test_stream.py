@@ -3,8 +3,12 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -299,3 +303,41 @@ def test_error_in_a_worker_process_reaches_the_caller(tmp_path):
     (tmp_path / "cases" / "case-1" / "label.npy").unlink()
     with open_stream(damaged, workers=1) as stream, pytest.raises(FileNotFoundError, match="case-1.*missing"):
         next(stream)
+
+
+# The first stream's worker is stopped, so it is alive and never answers; the second stream's is well.
+WITH_A_STOPPED_WORKER = """
+import multiprocessing, os, signal, sys, time
+from data_pipeline import reader
+from data_pipeline.store import Store
+from data_pipeline.stream import make_stream
+
+if __name__ == "__main__":
+    reader.CLOSE_SECONDS = 1.0
+    stuck, well = (make_stream(Store(sys.argv[1]), "train", (5, 4, 3), 4, 0.5, 0, workers=1) for _ in range(2))
+    next(stuck)
+    (child,) = multiprocessing.active_children()
+    next(well)
+    os.kill(child.pid, signal.SIGSTOP)
+    stuck._timeout = 1.0
+    started = time.monotonic()
+    try:
+        for _ in range(20):  # some batches were read ahead
+            next(stuck)
+    except TimeoutError as error:
+        print("time-out", child.exitcode, round(time.monotonic() - started), error)
+    next(well)
+    print("others go on", flush=True)
+    well.close()
+"""
+
+
+def test_worker_process_that_hangs_ends_in_a_time_out_and_so_does_the_program(seven, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(WITH_A_STOPPED_WORKER)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, script, str(seven.path)], env=environment, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match("time-out -9 [2-9] no training batch within 1 s.*\nothers go on\n", done.stdout), done

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,13 +43,17 @@ def environment(tmp_path_factory):
 @pytest.fixture(scope="module")
 def raw_folder(tmp_path_factory):
     """Ten cases in BraTS-SSA layout: a bright ball in a brain."""
-    root, rng, shape = tmp_path_factory.mktemp("raw"), np.random.default_rng(0), (22, 19, 17)
+    return write_cases(tmp_path_factory.mktemp("raw"), 10, (22, 19, 17))
+
+
+def write_cases(root, count, shape):
+    rng = np.random.default_rng(0)
     radius = np.linalg.norm(np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) - 9, axis=-1)
     label = np.select([radius < 2, radius < 3, radius < 5], [1, 3, 2]).astype(np.uint8)
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    for i in range(10):
+    for i in range(count):
         name = f"BraTS-SSA-{i:05d}-000"
-        (root / name).mkdir()
+        (root / name).mkdir(parents=True)
         for suffix in ("t1n", "t1c", "t2w", "t2f"):
             image = np.where(radius < 9, 100 + 40 * label + rng.normal(0, 5, shape), 0).astype(np.float32)
             nib.save(nib.Nifti1Image(image, affine), root / name / f"{name}-{suffix}.nii.gz")
@@ -120,6 +125,69 @@ def test_killed_run_started_again_ends_bit_identical(straight, environment, tmp_
     result = train(environment, *flags)
     assert result.returncode == 0, result.stderr
     assert same_outcome(reference, workdir)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_run_stopped_while_it_preprocesses_keeps_the_finished_cases(environment, tmp_path, number, code):
+    raw, workdir = write_cases(tmp_path / "raw", 1, (90, 90, 90)), tmp_path / "run"
+    (first,) = raw.iterdir()
+    for i in range(1, 60):  # links: sixty cases in the space and time of one
+        name = f"BraTS-SSA-{i:05d}-000"
+        (raw / name).mkdir()
+        for file in first.iterdir():
+            os.link(file, raw / name / file.name.replace(first.name, name))
+    process = train(environment, *TINY, f"--config.data.root={raw}", f"--workdir={workdir}", start=True)
+    deadline = time.monotonic() + 120
+    while not (done := list(tmp_path.glob("store-*/cases/*/case.json"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert output.splitlines()[1:] == [
+        f"{number.name}: stopped before training; the same command with --workdir={workdir} goes on from there"
+    ]
+    assert not errors and done[0].exists() and not list(tmp_path.glob("store-*/dataset.json"))
+
+
+def test_two_processes_that_are_stopped_by_ctrl_c_say_so_once(straight, environment, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"--coordinator=127.0.0.1:{probe.getsockname()[1]}"
+    store, workdir = next(straight[0].parent.glob("store-*")), tmp_path / "run"
+    flags = [*TINY, f"--config.data.store={store}", f"--workdir={workdir}", "--config.optim.total_steps=4000",
+             "--config.data.batch_size=2", "--config.n_devices=0", "--config.deterministic=True", place,
+             "--process_count=2"]  # fmt: skip
+    pair = [train(environment, *flags, f"--process_id={i}", start=True) for i in (0, 1)]
+    try:
+        second, _ = kill_at_step(pair[1], workdir, 2, signal.SIGINT)
+        first, _ = pair[0].communicate(timeout=120)
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [75, 75]
+    assert first.count("config.deterministic: on a GPU") == first.count("SIGTERM: saved at step") == 1
+    assert "config.deterministic" not in second and "SIGTERM" not in second
+
+
+HANGING_THREAD = """
+import concurrent.futures, sys, time
+sys.path.insert(0, "launch")
+import command, train
+
+def run(config, workdir):
+    concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 300)
+    raise TimeoutError("no training batch")
+
+train.run = run
+command.run(train.main)
+"""
+
+
+def test_thread_that_hangs_does_not_keep_the_command_from_ending(environment, tmp_path):
+    command = [sys.executable, "-c", HANGING_THREAD, TINY[0], f"--workdir={tmp_path}"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (1, "error: no training batch\n")
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,21 @@ def test_bad_step_changes_counters_alone():
             np.testing.assert_array_equal(a, b)
 
 
+def test_finite_loss_with_a_gradient_that_is_not_finite_is_a_bad_step():
+    params = {"w": np.zeros(3, np.float32)}
+    tx = optimizer.make_optimizer(OPTIM, params)
+    # The slope of a root at 0 is infinite.
+    pure = step.make_train_step(
+        lambda flat, image: jnp.sqrt(flat["w"]).sum() + 0 * image.sum(), lambda value, label: value, tx
+    )
+    state = step.init_state(params, tx, seed=5, use_ema=False)
+    new, metrics = jax.jit(pure)(state, {}, batches(1)[0], np.float32(0.1))
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == np.inf and metrics["bad"] == 1
+    assert (int(new.step), int(new.bad_steps)) == (1, 1)
+    for a, b in zip(jax.tree.leaves(new[1:4]), jax.tree.leaves(state[1:4]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_training_goes_on_after_a_bad_step():
     state, metrics = train(batches(4, bad=1))
     assert int(state.bad_steps) == 1
