@@ -123,7 +123,7 @@ def _judge(found: Damage, kind: str, what: str, read: Callable, expected: tuple)
 
 
 def _hit(name: str, hit: Callable[[Path], None]) -> Callable[[Path], None]:
-    """The same as a function of the workdir; ``name`` is a file or folder of it, or the largest file that fits."""
+    """The same as a function of the workdir; ``name`` is a file or folder of it, or the largest that fits it."""
     return lambda workdir: hit(max(workdir.glob(name), key=lambda file: file.stat().st_size))
 
 
@@ -153,7 +153,7 @@ def damage_runs(flags: tuple[str, ...], straight: Path, scratch: Path) -> Damage
 
     found, expected = Damage(), kills.outcome(straight)
     newest = f"checkpoints/{expected['last step']}"
-    state = f"{newest}/state/**/?????*"  # the largest one holds the leaves
+    state = f"{newest}/state/d/*"  # the leaves, in the copy that is read
     hits = {
         "changed byte": (newest, _hit(state, _change_middle)),
         "truncated file": (newest, _hit(state, lambda file: file.write_bytes(file.read_bytes()[:100]))),

@@ -99,8 +99,8 @@ def _rows(parts: Sequence[Any]) -> dict[str, Any]:
     for name, value in scores.items():
         rows[f"devices x processes, {name}"] += f", a validation score by at most {value:.2g}"
     faults = [fault for part in parts for fault in part.faults]
-    faults += [f"{name}: loss differs by {value}" for name, value in found.items() if value > MOST_DIFFERENCE]
-    faults += [f"{name}: a score differs by {value}" for name, value in scores.items() if value > MOST_DIFFERENCE]
+    faults += [f"{name}: loss differs by {value}" for name, value in found.items() if not value <= MOST_DIFFERENCE]
+    faults += [f"{name}: a score differs by {value}" for name, value in scores.items() if not value <= MOST_DIFFERENCE]
     return {"rows": rows, "faults": faults}
 
 
@@ -130,7 +130,7 @@ def moves(good: Path, scratch: Path) -> dict[str, Any]:
     done = _rows([moved])
     for who, times in moved.stopped.items():
         code = 130 if who.startswith("SIGINT") else 75
-        done["rows"][f"stopped by {who}"] = f"{times} times, all processes saved and ended with code {code}"
+        done["rows"][f"stopped by {who}"] = f"{times} tried, all processes saved and ended with code {code}"
     return done
 
 

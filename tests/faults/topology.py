@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
+
 from mednext_jax.train.logging import VALIDATION
 from tests.faults import bench, kills
 
@@ -80,7 +82,9 @@ def values(workdir: Path, prefix: str) -> dict[tuple[int, str], float]:
 def difference(one: Path, other: Path, prefix: str = "loss") -> float:
     """Largest difference of a step's loss, or of other values; infinite if the two have not the same ones."""
     a, b = values(one, prefix), values(other, prefix)
-    return max((abs(a[name] - b[name]) for name in a), default=0.0) if a.keys() == b.keys() else float("inf")
+    if a.keys() != b.keys():
+        return float("inf")
+    return float(np.max([abs(a[name] - b[name]) for name in a], initial=0))  # NaN if one is NaN
 
 
 def _failed(found: Topology, what: str, ends: Sequence[bench.Outcome], code: int = 0) -> bool:
