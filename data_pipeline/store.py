@@ -98,7 +98,12 @@ class Store:
         """``case.json`` of a case; ``record["foreground"][region]``: (n, 3) int32 voxel indices (d, h, w)."""
         if case_id not in self.cases:
             raise ValueError(f"{shown(self.path)}: no case {case_id!r} among its {len(self.cases)} cases")
-        return store_files.read_record(case_folder(self.path, case_id) / "case.json", case_id)
+        file = case_folder(self.path, case_id) / "case.json"
+        record = store_files.read_record(file, case_id)
+        if record["labelled"] != self.cases[case_id]["labelled"]:
+            raise ValueError(f"{shown(file)}: labelled is {record['labelled']}, dataset.json says the opposite; "
+                             "preprocess the store again")  # fmt: skip
+        return record
 
 
 def foreground_index(label: np.ndarray, case_id: str) -> dict[str, list[list[int]]]:

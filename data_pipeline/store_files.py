@@ -68,8 +68,12 @@ def read_dataset(path: Path) -> dict:
         if not isinstance(dataset.get(name), kind):
             raise ValueError(f"{shown(path)}: field {name!r} is missing or damaged; {_REMEDY}")
     for case_id, row in dataset["cases"].items():
-        case_folder(path.parent, case_id)
-        if not isinstance(row, dict) or not isinstance(row.get("patient_id"), str):
+        try:
+            case_folder(path.parent, case_id)
+        except ValueError as error:
+            raise ValueError(f"{shown(path)}: {error}; {_REMEDY}") from None
+        kinds = (("patient_id", str), ("labelled", bool))
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in kinds):
             raise ValueError(f"{shown(path)}: the row of case {case_id} is damaged; {_REMEDY}")
     return dataset
 

@@ -20,6 +20,13 @@ def overridden(config: Any, overrides: Iterable[str]) -> Any:
     return config
 
 
+def keep_off_devices() -> None:
+    """Networks are only traced in the study's own process: JAX must not take the memory of a GPU that steps need."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
 def settings_of(config: Any, file: str, overrides: Iterable[str]) -> Any:
     """The config of a run, but for its data and seeds."""
     variant = config.variant or None
@@ -45,6 +52,7 @@ def check_given_network(config: Any) -> None:
     from mednext_jax.train import network
     from mednext_jax.train.workdir import plain
 
+    keep_off_devices()
     given = modeldir.load_info(config.pretrain.init_from).network()
     for name in config.arms:
         recipe = config.recipes[name]
@@ -87,6 +95,7 @@ def report(config: Any, tflops: float) -> Iterator[str]:
     Args:
       tflops: 10^12 operations per second that a device sustains in training.
     """
+    keep_off_devices()
     known: dict[tuple, float] = {}
     total = [0, 0.0]
     yield f"{'':30} {'runs':>5} {'PFLOP':>10} {f'hours at {tflops:g} TFLOP/s':>24}"

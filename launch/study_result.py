@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import study_cohorts
+import study_cost
 import study_runs as runs
 
 from data_pipeline import atomic
@@ -145,6 +146,7 @@ def _cost(config: Any, folder: Path, arm: str) -> dict[str, Any]:
     """What an arm costs: counted arithmetic, and what its runs measured (medians over repetitions)."""
     from mednext_jax.train import dry_run
 
+    study_cost.keep_off_devices()
     names = [f"{arm}@{r}" for r in range(len(runs.replicates(config)))]
     measured = [json.loads((folder / "runs" / name / "result.json").read_text()) for name in names]
     settings = json.loads((folder / "runs" / names[0] / "config.json").read_text())

@@ -174,7 +174,9 @@ def load_info(path: str | os.PathLike) -> ModelInfo:
         raise ValueError(f"{file} has format version {version}, this program reads {FORMAT_VERSION}: "
                          "use the program's version that wrote it, or write the model again")
     try:
-        return ModelInfo(**fields)
+        info = ModelInfo(**fields)
+        parameter_shapes(info.network())  # arguments of no network are told here, where the file is known
+        return info
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} does not describe a model: {error}") from None
 
@@ -225,11 +227,8 @@ def _float32(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _check_network(info: ModelInfo, flat: Mapping[str, np.ndarray], where: str) -> None:
     """Compare the leaves' paths, shapes and dtypes with the network's, and its ends with the description."""
-    try:
-        network = info.network()
-        expected = parameter_shapes(network)
-    except TypeError as error:  # a text or null where the network computes with a number
-        raise ValueError(f"{where}: the network arguments do not fit MedNeXt: {error}") from None
+    network = info.network()
+    expected = parameter_shapes(network)
     if network.in_channels != len(info.channels):
         raise ValueError(f"{where}: the network takes {network.in_channels} channels, "
                          f"but {len(info.channels)} are named")

@@ -41,11 +41,13 @@ class AdapterFile:
       method: what was added and trained.
       tensors: the trained parameters, flat, float32 numpy arrays.
       config: the content of ``adapter_config.json``.
+      where: its directory, for messages.
     """
 
     method: registry.Method
     tensors: Mapping[str, np.ndarray]
     config: Mapping[str, Any]
+    where: Path
 
     def apply_to(self, model: Any, base_params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The adapted network and its nested parameters: the base's with this adapter's in their places.
@@ -61,7 +63,7 @@ class AdapterFile:
         trainable, _ = rules.split(expected, self.method.rule)
         tensors = {path: leaf for path, leaf in self.tensors.items() if path in expected or not _only_trains(path)}
         needed = {path: leaf for path, leaf in trainable.items() if path in tensors or not _only_trains(path)}
-        attach.check_params(tensors, needed, "this adapter's method on this network")
+        attach.check_params(tensors, needed, f"the adapter {self.where} on this network")
         return adapted, paths.unflatten({**paths.flatten(base_params), **tensors})
 
 
@@ -161,7 +163,7 @@ def load_adapter(
             f"{_short(modeldir.params_hash(base_params))}: give the base it was trained on "
             "(its run keeps it in <workdir>/base)"
         )
-    return AdapterFile(_method_of(config, directory / CONFIG_FILE), tensors, config)
+    return AdapterFile(_method_of(config, directory / CONFIG_FILE), tensors, config, directory)
 
 
 def merge_directories(
@@ -228,6 +230,8 @@ def load_config(directory: str | os.PathLike) -> dict[str, Any]:
         "normalization": str,
         "output": str,
         "regions": dict,
+        "cohort": str,
+        "scores": dict,
     }.items():
         if not isinstance(config.get(field), kind):
             raise ValueError(f"{file} lacks a proper {field!r}; copy it again")

@@ -112,7 +112,7 @@ def test_case_ids_cannot_leave_the_store(made, name):
         store.write_case(made.path, name, *arrays(0), {})
     with pytest.raises(ValueError, match="no case"):
         made.load(name)
-    change(made.path / "dataset.json", cases={str(name): {"patient_id": "p"}})
+    change(made.path / "dataset.json", cases={str(name): {"patient_id": "p", "labelled": True}})
     with pytest.raises(ValueError, match="plain name|no case"):
         store.Store(made.path).load(name)
 

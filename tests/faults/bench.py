@@ -31,11 +31,11 @@ _SMALL = (
     "--config.data.patch_voxels=(16,16,16)", "--config.data.fold=0", "--config.augment.enabled=False",
 )  # fmt: skip
 TINY = (
-    "--config=configs/pretrain.py:demo", "--config.model.n_channels=2", "--config.model.exp_r=1",
+    f"--config={ROOT}/configs/pretrain.py:demo", "--config.model.n_channels=2", "--config.model.exp_r=1",
     "--config.model.kernel_size=1", "--config.model.block_counts=(0,0,0,0,0,0,0,0,0)", *_SMALL,
 )  # fmt: skip
 # An adapter run on the tiny network: few leaves are trained, the base stays outside the checkpoints.
-ADAPTER = ("--config=configs/peft.py:demo", "--config.peft.gamma=2", "--config.optim.ema_decay=0.9", *_SMALL)
+ADAPTER = (f"--config={ROOT}/configs/peft.py:demo", "--config.peft.gamma=2", "--config.optim.ema_decay=0.9", *_SMALL)
 
 
 def xla_flags(n_devices: int = 1) -> str:
@@ -99,14 +99,16 @@ class Command:
       name: file in ``launch/``.
       arguments: its flags.
       n_devices: CPU devices that JAX sees.
+      folder: where it runs.
       wrapper: called in the process first (to take rights or space away from it).
     """
 
-    def __init__(self, name: str, *arguments: str, log: Path, n_devices: int = 1, wrapper=None):
+    def __init__(self, name: str, *arguments: str, log: Path, n_devices: int = 1, folder: Path = ROOT, wrapper=None):
         self._log = log
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(LIBRARIES))
-        self.process = context.Process(target=_main, args=(name, arguments, log, n_devices, wrapper), daemon=False)
+        given = (name, arguments, log, n_devices, folder, wrapper)
+        self.process = context.Process(target=_main, args=given, daemon=False)
         self.process.start()
 
     @property
@@ -164,9 +166,9 @@ def run(name: str, *arguments: str, log: Path, **options) -> Outcome:
         return command.wait()
 
 
-def _main(name: str, arguments: tuple[str, ...], log: Path, n_devices: int, wrapper) -> None:
+def _main(name: str, arguments: tuple[str, ...], log: Path, n_devices: int, folder: Path, wrapper) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.chdir(ROOT)
+    os.chdir(folder)
     for number, suffix in ((1, ".out"), (2, ".err")):
         target = os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(target, number)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mednext_jax.train.checkpoints import Checkpoints
+from mednext_jax.train.checkpoints import Checkpoints, describe_record
 from tests.faults import bench
 
 
@@ -120,6 +120,63 @@ def _judge(found: Damage, kind: str, what: str, read: Callable, expected: tuple)
         found.harmless[kind] += 1
     else:
         found.faults.append(f"{what}: restored, but different")
+
+
+def _hit(name: str, hit: Callable[[Path], None]) -> Callable[[Path], None]:
+    """The same as a function of the workdir; ``name`` is a file or folder of it, or the largest that fits it."""
+    return lambda workdir: hit(max(workdir.glob(name), key=lambda file: file.stat().st_size))
+
+
+def _change_middle(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def _forge(step: Path, right_sum: bool) -> None:
+    """Changes a record of a checkpoint by hand; with ``right_sum`` its CRC32 is made to fit."""
+    file, leaves = step / "progress" / "metadata", step / "leaves" / "metadata"
+    record = {**json.loads(file.read_text()), "window": "x"}
+    file.write_text(json.dumps(record))
+    if right_sum:
+        described = json.loads(leaves.read_text())
+        described["records"]["progress"] = describe_record(record)
+        leaves.write_text(json.dumps(described))
+
+
+def damage_runs(flags: tuple[str, ...], straight: Path, scratch: Path) -> Damage:
+    """Starts ``launch/train.py`` again on copies of a finished run whose newest checkpoint, or base, was hit.
+
+    It must end in one line that names what was hit, and leave the checkpoints alone; or end as the run did.
+    """
+    from tests.faults import fuzz, kills
+
+    found, expected = Damage(), kills.outcome(straight)
+    newest = f"checkpoints/{expected['last step']}"
+    state = f"{newest}/state/d/*"  # the leaves, in the copy that is read
+    hits = {
+        "changed byte": (newest, _hit(state, _change_middle)),
+        "truncated file": (newest, _hit(state, lambda file: file.write_bytes(file.read_bytes()[:100]))),
+        **{f"no {item}": (newest, _hit(f"{newest}/{item}", shutil.rmtree)) for item in ("state", "leaves", "progress")},
+        "forged record": (newest, _hit(newest, lambda step: _forge(step, right_sum=False))),
+        "forged record under its CRC32": (newest, _hit(newest, lambda step: _forge(step, right_sum=True))),
+        "changed byte of the base": ("base", _hit("base/model.safetensors", _change_middle)),
+        "no base": ("base", _hit("base", shutil.rmtree)),
+    }  # fmt: skip
+    for number, (what, (named, hit)) in enumerate(hits.items()):
+        workdir = scratch / f"hit{number}"
+        shutil.copytree(straight, workdir)
+        hit(workdir)
+        before = fuzz.listing(workdir / "checkpoints")
+        found.tried["run"] += 1
+        end = bench.run("train.py", *flags, f"--workdir={workdir}", log=scratch / f"hit{number}.log")
+        if end.clean and f"hit{number}/{named}" in end.errors and fuzz.listing(workdir / "checkpoints") == before:
+            found.detected["run"] += 1
+        elif end.code == 0 and not kills.differing(kills.outcome(workdir), expected):
+            found.harmless["run"] += 1
+        else:
+            found.faults.append(f"{what}: code {end.code}: {end.errors.strip()[-400:]}")
+    return found
 
 
 def namespaces_work() -> bool:

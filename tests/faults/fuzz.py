@@ -1,6 +1,7 @@
 """Malformed inputs given to the real commands: each must be refused in one line, and leave nothing but that line.
 
-An input is written into a sandbox, ``<sandbox>/in``; the command may write below ``<sandbox>/out`` alone. Judged are
+An input is written into a sandbox, ``<sandbox>/in``; the command may write below ``<sandbox>/out`` alone. It runs in
+``<sandbox>/at/work``, so that a file in its working directory, or two folders above, is seen too. Judged are
 the exit code, what was printed, every file outside ``out``, what lies in ``out``, and the memory that was taken.
 """
 
@@ -114,13 +115,14 @@ def try_all(inputs: Sequence[Malformed], good: Path, scratch: Path) -> Fuzzed:
             shutil.rmtree(sandbox, ignore_errors=True)
             (sandbox / "in").mkdir(parents=True)
             (sandbox / "out").mkdir()
+            (sandbox / "at" / "work").mkdir(parents=True)
             malformed.make(sandbox / "in")
             faults, end = _try(malformed, good, sandbox)
             found.faults += [f"{name}: {fault}" for fault in faults]
             if faults:
                 continue
             shutil.rmtree(sandbox)
-            passed[name] = [end.code, end.peak_bytes / 2**20]
+            passed[name] = [end.code, end.peak_bytes / 2**20, end.errors.strip()[-300:]]  # the words, to be read
             kept.write_text(json.dumps(passed))
         code, mib = passed[name][:2]
         (found.refused if code else found.accepted)[malformed.area] += 1
@@ -136,7 +138,7 @@ def _try(malformed: Malformed, good: Path, sandbox: Path) -> tuple[list[str], be
     flags = tuple(flag.format(**places) if "{" in flag else flag for flag in malformed.flags)
     before = listing(sandbox)
     log = sandbox.with_name(f"{sandbox.name}.log")
-    with bench.Command(malformed.command, *flags, log=log) as command:
+    with bench.Command(malformed.command, *flags, log=log, folder=sandbox / "at" / "work") as command:
         end = command.wait(SECONDS)
     faults = []
     out = os.fspath(sandbox / "out")

@@ -67,7 +67,8 @@ def splits() -> Iterator[Malformed]:
     ]  # fmt: skip
     sound = json.dumps({"train": [a, again], "val": [b]})
     for name, content in (*not_json(sound), *((json.dumps(w)[:60], json.dumps(w).encode()) for w in wrong)):
-        yield Malformed("splits", name, "preprocess.py", flags, partial(_splits, content))
+        yield Malformed("splits", name, "preprocess.py", flags, partial(_splits, content),
+                        told=("splits.json",))  # fmt: skip
 
 
 def _store(change: Callable[[Path], None], folder: Path, good: Path) -> None:
@@ -96,27 +97,32 @@ def _record(change: dict[str, Any], store: Path) -> None:
 def stores(good: Path) -> Iterator[Malformed]:
     """What ``launch/preprocess.py`` wrote, damaged or forged, read by a training run."""
     flags = (*TRAIN, "--config.data.store={in}/store")
-    changes: list[tuple[str, Callable[[Path], None]]] = []
+    changes: list[tuple[str, str, Callable[[Path], None]]] = []  # the damaged file first
     for name in ("dataset.json", "splits.json"):
         text = (good / "store" / name).read_text()
-        changes += [(f"{name}: {what}", partial(_write, name, bad)) for what, bad in not_json(text)]
+        changes += [(name, f"{name}: {what}", partial(_write, name, bad)) for what, bad in not_json(text)]
     dataset = json.loads((good / "store" / "dataset.json").read_text())
     names = ("format_version", "channels", "label_scheme", "normalization", "spacing_mm", "data_hash", "cases")
     needed = {name: dataset[name] for name in names}
-    changes += [(f"dataset.json: {what}", partial(_write, "dataset.json", bad)) for what, bad in other_types(needed)]
+    changes += [("dataset.json", f"dataset.json: {what}", partial(_write, "dataset.json", bad))
+                for what, bad in other_types(needed)]  # fmt: skip
     row = dataset["cases"][GOOD_CASE]
     for case in ("../../elsewhere", "/etc", "..", "", ".hidden", "a/b", "a\0b", "ü", "x" * 300):
         forged = {**dataset, "cases": {**dataset["cases"], case: row}}
-        changes.append((f"case named {case[:20]!r}", partial(_write, "dataset.json", forged)))
+        changes.append(("dataset.json", f"case named {case[:20]!r}", partial(_write, "dataset.json", forged)))
+    unlabelled = {case: {**row, "labelled": None} for case, row in dataset["cases"].items()}
+    forged = {**dataset, "cases": unlabelled}
+    changes.append(("dataset.json", "labelled is None", partial(_write, "dataset.json", forged)))
     for case in ("../../elsewhere", "nobody", 5, None):
-        changes.append((f"fold of {case!r}", partial(_write, "splits.json", {"fold0": {"train": [case], "val": []}})))
+        forged = {"fold0": {"train": [case], "val": []}}
+        changes.append(("splits.json", f"fold of {case!r}", partial(_write, "splits.json", forged)))
     huge = (3_000_000_000, 3_000_000_000, 3_000_000_000)
     for change in (
         {"case_id": "other"}, {"shape": [0, 1, 1]}, {"shape": list(huge)}, {"shape": "abc"}, {"shape": None},
         {"shape": [1, 2]}, {"foreground": {"WT": [[-1, 0, 0]]}}, {"foreground": {"WT": [[999, 0, 0]]}},
         {"foreground": [1]}, {"foreground": {"WT": "x"}}, {"foreground": {"WT": [[1e99, 0, 0]]}}, {"labelled": False},
     ):  # fmt: skip
-        changes.append((f"case.json: {change}", partial(_record, change)))
+        changes.append(("case.json", f"case.json: {change}", partial(_record, change)))
     for name in ("image.npy", "label.npy"):
         header = b"\x93NUMPY\x01\x00v\x00" + f"{{'descr': '<f2', 'fortran_order': False, 'shape': {huge}, }}".encode()
         for what, change in {
@@ -126,11 +132,12 @@ def stores(good: Path) -> Iterator[Malformed]:
             "pickle": np.array([{"a": 1}], dtype=object), "other shape": np.zeros((3, 3), np.float16),
             "other type": np.zeros((4, 4, 4), np.complex128),
         }.items():  # fmt: skip
-            changes.append((f"{name}: {what}", partial(_array, name, change)))
-    changes.append(("no cases", lambda store: shutil.rmtree(store / "cases")))
-    changes.append(("cases are a link to nothing", _dangling))
-    for name, change in changes:
-        yield Malformed("store", name, "train.py", flags, partial(_store, change, good=good))
+            changes.append((name, f"{name}: {what}", partial(_array, name, change)))
+    changes.append(("cases", "no cases", lambda store: shutil.rmtree(store / "cases")))
+    changes.append(("cases", "cases are a link to nothing", _dangling))
+    for file, name, change in changes:
+        told = (file, "in/store")
+        yield Malformed("store", name, "train.py", flags, partial(_store, change, good=good), told=told)
 
 
 def _dangling(store: Path) -> None:

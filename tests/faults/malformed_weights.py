@@ -12,6 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load_file
+
+from mednext_jax import modeldir, tensor_file
 from tests.faults.fuzz import Malformed
 from tests.faults.malformed_tables import not_json, other_types
 
@@ -54,7 +58,7 @@ def forged_tensors(sound: bytes, step: int) -> Iterator[tuple[str, bytes]]:
         header = _tensor(**change)
         if not change:
             header = {"../../elsewhere": header["stem/bias"]}
-        yield name, safetensors(header)
+        yield name, safetensors(header, bytes(16))  # all of it described: the library leaves the name to us
 
 
 def _with(change: Callable[[Path], None], folder: Path, good: Path) -> None:
@@ -72,6 +76,15 @@ def _link(name: str, target: str, folder: Path) -> None:
     (folder / name).symlink_to(target)
 
 
+def _outside(folder: Path) -> None:
+    """A further tensor of an adapter whose name is a way out, all hashes being right."""
+    file, description = folder / "adapter/adapter_model.safetensors", folder / "adapter/adapter_config.json"
+    tensors = {**load_file(file), "../../elsewhere": np.zeros(4, np.float32)}
+    tensor_file.write(file, tensors)
+    config = json.loads(description.read_text()) | {"tensors_hash": modeldir.params_hash(tensors)}
+    description.write_text(json.dumps(config))
+
+
 def directories(good: Path) -> Iterator[Malformed]:
     """A base and an adapter, either of them damaged or forged, given to ``launch/merge.py``."""
     changes: list[tuple[str, str, Callable[[Path], None]]] = []
@@ -81,20 +94,22 @@ def directories(good: Path) -> Iterator[Malformed]:
     ):
         text = (good / description).read_text()
         changes += [(kind, f"{description}: {what}", partial(_write, description, bad)) for what, bad in not_json(text)]
-        needed = {name: value for name, value in json.loads(text).items()
+        fields = json.loads(text)
+        needed = {name: value for name, value in fields.items()
                   if name not in ("provenance", "scores", "cohort", "parameters", "label_scheme", "regions", "output")
                   or kind == "model" and name in ("regions", "output")}  # fmt: skip
-        changes += [
-            (kind, f"{description}: {what}", partial(_write, description, json.loads(text) | {"scores": {}} | bad)
-             if not what.startswith("no ") else partial(_write, description, bad))
-            for what, bad in other_types(needed)
-        ]  # fmt: skip
+        others = {name: value for name, value in fields.items() if name not in needed}
+        changes += [(kind, f"{description}: {what}", partial(_write, description, others | bad))
+                    for what, bad in other_types(needed)]  # fmt: skip
         sound = (good / weights).read_bytes()
         forged = forged_tensors(sound, step)
         changes += [(kind, f"{weights}: {what}", partial(_write, weights, bad)) for what, bad in forged]
         for target in ("nowhere", "/dev/null", "/", Path(weights).name):
             changes.append((kind, f"{weights} is a link to {target}", partial(_link, weights, target)))
     config = json.loads((good / "adapter/adapter_config.json").read_text())
+    for name in ("scores", "cohort"):
+        change = partial(_write, "adapter/adapter_config.json", {key: config[key] for key in config if key != name})
+        changes.append(("adapter", f"adapter/adapter_config.json: no {name}", change))
     for options in (
         {"../../elsewhere": {}}, {"os.system": {"command": "touch x"}}, {"__class__": {}}, {"lora": {"rank": 2**40}},
         {"lora": {"rank": -1}}, {"lora": {"targets": "(" * 5000}}, {"head": {"reinit": 1}}, {"head": []},
@@ -114,17 +129,20 @@ def directories(good: Path) -> Iterator[Malformed]:
     for regions in ({}, {"WT": []}, {"WT": [-1]}, {"WT": ["a"]}, {"WT": [10**12]}, {"a": [1], "b": [2]}):
         change = partial(_write, "model/model.json", model | {"regions": regions})
         changes.append(("model", f"regions {regions}", change))
+    changes.append(("adapter", "path outside, under its hash", _outside))
     for kind, name, change in changes:
-        yield Malformed(f"{kind} files", name, "merge.py", MERGE, partial(_with, change, good=good))
-    for name, flags in {
-        "output is a file": (*MERGE[:2], "--output={good}/store/dataset.json"),
-        "output is something else": (*MERGE[:2], "--output={good}/store"),
-        "output below a file": (*MERGE[:2], "--output=/dev/null/merged"),
-        "model is an adapter": ("--model={in}/adapter", *MERGE[1:]),
-        "adapter is a model": (MERGE[0], "--adapter={in}/model", MERGE[2]),
-        "adapter outside": (MERGE[0], "--adapter={in}/../../../nowhere", MERGE[2]),
-    }.items():  # fmt: skip
-        yield Malformed("adapter files", name, "merge.py", flags, partial(_with, lambda folder: None, good=good))
+        make = partial(_with, change, good=good)
+        yield Malformed(f"{kind} files", name, "merge.py", MERGE, make, told=(f"in/{kind}",))
+    for name, flags, told in (
+        ("output is a file", (*MERGE[:2], "--output={good}/store/dataset.json"), "store/dataset.json"),
+        ("output is something else", (*MERGE[:2], "--output={good}/store"), "/store"),
+        ("output below a file", (*MERGE[:2], "--output=/dev/null/merged"), "/dev/null"),
+        ("model is an adapter", ("--model={in}/adapter", *MERGE[1:]), "in/adapter"),
+        ("adapter is a model", (MERGE[0], "--adapter={in}/model", MERGE[2]), "in/model"),
+        ("adapter outside", (MERGE[0], "--adapter={in}/../../../nowhere", MERGE[2]), "nowhere"),
+    ):
+        make = partial(_with, lambda folder: None, good=good)
+        yield Malformed("adapter files", name, "merge.py", flags, make, told=(told,))
 
 
 class Executed:

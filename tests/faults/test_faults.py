@@ -38,7 +38,7 @@ def test_killed_runs_end_bit_identical(good, cohort, tmp_path):
 def test_run_of_two_processes_is_stopped_and_goes_on_in_one(cohort, tmp_path):
     flags = (*topology.FLAGS, cohort)
     found = topology.stop_and_go_on(flags, tmp_path / "runs", ((2, 2), (1, 1)), steps=8, seed=0)
-    assert found.faults == [] and found.stopped == 1
+    assert found.faults == [] and found.stopped == {"SIGTERM to one of several": 1}
     assert list(found.differences) == ["stopped and moved, 2 x 2 -> 1 x 1"]
     assert max(found.differences.values()) < soak.MOST_DIFFERENCE
 
@@ -121,6 +121,7 @@ def test_bench_notices_growth_and_different_runs(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     assert topology.difference(tmp_path / "one", tmp_path / "other") == 0.25
     assert topology.difference(tmp_path / "one", tmp_path / "short") == float("inf")
+    assert topology.difference(tmp_path / "one", tmp_path / "other", "val/") == 0  # none of them validated
 
 
 def finished_study(folder, seconds: str, flops: str = "1.5", label: bytes = b"label", weights: bytes = b"weights"):

@@ -5,11 +5,16 @@ import os
 import random
 import signal
 import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
+import numpy as np
+
+from mednext_jax.train.logging import VALIDATION
 from tests.faults import bench, kills
 
 COMBINATIONS = tuple((d, p) for d in (1, 2, 4, 8) for p in (1, 2, 4) if p <= d)
@@ -24,10 +29,17 @@ FLAGS = (
 
 @dataclass
 class Topology:
-    """Largest loss difference to one device in one process, by name of the combination; what else was tried."""
+    """What was tried and seen.
+
+    Attributes:
+      differences: largest one of a loss to one device in one process, by name of the combination.
+      scores: the same of a validation score, where the runs validate.
+      stopped: signals that were sent, by name and who got it.
+    """
 
     differences: dict[str, float] = field(default_factory=dict)
-    stopped: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
+    stopped: Counter = field(default_factory=Counter)
     lost: int = 0
     faults: list[str] = field(default_factory=list)
 
@@ -61,18 +73,18 @@ def run(flags: Sequence[str], workdir: Path, devices: int, processes: int) -> li
         return [command.wait() for command in group]
 
 
-def losses(workdir: Path) -> list[float]:
-    """Of every step."""
+def values(workdir: Path, prefix: str) -> dict[tuple[int, str], float]:
+    """Of every step, all that the run wrote under names which begin so."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    return {(line["step"], name): line[name] for line in lines for name in line if name.startswith(prefix)}
 
 
-def difference(one: Path, other: Path) -> float:
-    """Largest difference of a step's loss; infinite if they have not the same steps."""
-    pair = losses(one), losses(other)
-    if len(pair[0]) != len(pair[1]):
+def difference(one: Path, other: Path, prefix: str = "loss") -> float:
+    """Largest difference of a step's loss, or of other values; infinite if the two have not the same ones."""
+    a, b = values(one, prefix), values(other, prefix)
+    if a.keys() != b.keys():
         return float("inf")
-    return max(abs(a - b) for a, b in zip(*pair, strict=True))
+    return float(np.max([abs(a[name] - b[name]) for name in a], initial=0))  # NaN if one is NaN
 
 
 def _failed(found: Topology, what: str, ends: Sequence[bench.Outcome], code: int = 0) -> bool:
@@ -96,6 +108,8 @@ def matrix(flags: Sequence[str], folder: Path, combinations: Sequence[tuple[int,
         if done or not _failed(found, what, run(flags, workdir, devices, processes)):
             first = folder / "{}x{}".format(*combinations[0])
             found.differences[what] = difference(first, workdir)
+            if values(first, VALIDATION):
+                found.scores[what] = difference(first, workdir, VALIDATION)
     return found
 
 
@@ -111,9 +125,11 @@ def stop_and_go_on(
     """One run that is asked to stop again and again and goes on with other devices and processes each time.
 
     A random process of the group gets the signal, by turns SIGTERM and SIGUSR1; all must save and end with 75. One
-    alone gets SIGINT, which is Ctrl-C, and ends with 130.
+    alone gets by turns SIGINT, which is Ctrl-C and ends with 130, SIGTERM and SIGUSR1.
     """
     found, rng = Topology(), random.Random(seed)
+    several = cycle((signal.SIGTERM, signal.SIGUSR1))
+    alone = cycle((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
     folder.mkdir(parents=True)
     flags = (*flags, f"--config.optim.total_steps={steps}", "--config.checkpoint_every=1")
     if _failed(found, "straight", run(flags, folder / "straight", *chain[-1])):
@@ -123,12 +139,13 @@ def stop_and_go_on(
         what = f"stopping on {devices} x {processes}"
         until = (number + 1) * steps // len(chain)
         with together(flags, workdir, devices, processes) as group:
-            asked, code = ((signal.SIGTERM, signal.SIGUSR1)[number % 2], 75) if processes > 1 else (signal.SIGINT, 130)
+            asked = next(several if processes > 1 else alone)
             if group[0].wait_for(lambda until=until: written(workdir) >= until):
                 os.kill(rng.choice(group).pid, asked)
-            if _failed(found, what, [command.wait() for command in group], code):
+                found.stopped[f"{asked.name} to {'one of several' if processes > 1 else 'one alone'}"] += 1
+            code = 130 if asked == signal.SIGINT else 75
+            if _failed(found, f"{what} by {asked.name}", [command.wait() for command in group], code):
                 return found
-        found.stopped += 1
     if not _failed(found, "going on", run(flags, workdir, *chain[-1])):
         path = " -> ".join(f"{d} x {p}" for d, p in chain)
         found.differences[f"stopped and moved, {path}"] = difference(folder / "straight", workdir)

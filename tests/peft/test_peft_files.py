@@ -96,7 +96,7 @@ def test_heads_of_deep_supervision_may_be_on_one_side_only(tmp_path, network, de
 
 def test_adapter_is_refused_by_a_network_it_does_not_fit(saved, network, base):
     adapter = peft.load_adapter(saved, base)
-    with pytest.raises(ValueError, match=r"has shape .*, but this adapter's method on this network needs"):
+    with pytest.raises(ValueError, match=r"has shape .*, but the adapter .* on this network needs"):
         adapter.apply_to(network.clone(n_channels=8), base)
 
 
