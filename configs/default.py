@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg == "demo":
         _shrink(c)
     elif arg:
-        raise ValueError(f"unknown variant {arg!r} of the config: there is only :demo")
+        raise ValueError(f"unknown variant {arg!r} of the config; the text on top of its file names those there are")
     return c
 
 

@@ -67,7 +67,7 @@ def preprocess(
     if not cases and not problems:
         raise ValueError(f"{shown(input_folder)}: no BraTS case; files must be named like {cohorts.EXAMPLES}")
     _stop_if_bad(problems, input_folder, skip_bad, " of names, no scan was read yet")
-    _refuse_scans(Path(store_path))
+    _refuse_other_files(Path(store_path))
 
     def split(patients: Mapping[str, str]) -> dict:
         if splits:
@@ -91,7 +91,9 @@ def preprocess(
         patients = {record["case_id"]: record["patient_id"] for record in records if record["labelled"]}
         settings = _provenance(label_map)
         data_hash = _data_hash(records, normalization)
-        return store.write_dataset(store_path, records, split(patients), data_hash, settings, normalization)
+        new_splits = split(patients)
+        _tell_of_other_splits(Path(store_path), new_splits)
+        return store.write_dataset(store_path, records, new_splits, data_hash, settings, normalization)
 
 
 def _prepare_into(
@@ -192,10 +194,12 @@ def _print_problems(problems: Sequence[Problem]) -> None:
         print(f"{len(left_out)} case{'s' * (len(left_out) > 1)} left out", file=sys.stderr)
 
 
-def _refuse_scans(path: Path) -> None:
-    """Among scans a store would be taken for them, and they for it."""
+def _refuse_other_files(path: Path) -> None:
+    """A store among scans would be taken for them, and they for it; among other files it would be lost."""
     if scan := next((file for file in path.rglob("*.nii*") if file.is_file()), None):
         raise ValueError(f"{shown(path)}: holds scans ({shown(scan)}); a store needs a folder of its own")
+    if path.is_dir() and not (path / "cases").is_dir() and (other := next(path.iterdir(), None)):
+        raise ValueError(f"{shown(path)}: holds {other.name}, which is no store's; a store needs a folder of its own")
 
 
 def _refuse_other_cases(path: Path, cases: Sequence[Case], problems: Sequence[Problem]) -> None:
@@ -207,6 +211,13 @@ def _refuse_other_cases(path: Path, cases: Sequence[Case], problems: Sequence[Pr
     if others:
         text = f"the store holds {len(others)} cases that the input lacks (first: {others[0]})"
         raise ValueError(f"{shown(path)}: {text}; choose another folder, or delete it first")
+
+
+def _tell_of_other_splits(path: Path, splits: Mapping) -> None:
+    """Warns where cases change sides: a network may have been trained on what is now tested."""
+    if (path / "dataset.json").exists() and store.Store(path).splits != splits:
+        print(f"warning: the splits of {shown(path)} change; runs that used the old ones will not go on, and may have "
+              "been trained on cases that are now for the test", file=sys.stderr)  # fmt: skip
 
 
 def _json_map(label_map: Mapping[int, int]) -> dict[str, int]:

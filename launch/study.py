@@ -228,8 +228,8 @@ def main(_) -> int:
     if config is None or not (WORKDIR.value or DRY_RUN.value):
         raise ValueError("give --config=configs/study.py:demo (or :simulated, or :real) and --workdir=FOLDER")
     study_plan.split_names(config)
-    study_plan.check_names(config)
     if DRY_RUN.value:
+        study_plan.check_config(config)
         for line in (*study_runs.left_out(config), *study_cost.report(config, TFLOPS.value)):
             print(line, flush=True)
         return 0

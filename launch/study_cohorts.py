@@ -31,6 +31,15 @@ def check(config: Any, cohort: str) -> None:
                          f"{SIMULATOR_VERSION}: its cohorts differ, and so would the results")
 
 
+def check_stores(config: Any) -> None:
+    """Raises ValueError or OSError if a given store is none, or has too few cases."""
+    for cohort in NAMES:
+        if config[cohort].store:
+            test_cases(config, Path(), cohort)
+    if config.target.store:
+        training_cases(config, Path())
+
+
 def is_simulated(config: Any) -> bool:
     """Whether any cohort of the study is simulated."""
     return any(_simulates(config, cohort) for cohort in NAMES)
@@ -74,8 +83,7 @@ def test_cases(config: Any, folder: Path, cohort: str) -> list[str]:
     path, _ = store(config, folder, cohort, "")
     found = Store(path).split("test")
     if not found:
-        raise ValueError(f"{path} has no test cases; raise config.{cohort}.test_fraction or give "
-                         f"config.{cohort}.splits with a list 'test'")
+        raise ValueError(f"{path} has no test cases; {_other_splits(config, cohort)}")
     return list(found)
 
 
@@ -91,7 +99,7 @@ def training_cases(config: Any, folder: Path) -> list[str]:
     for field, most in wanted.items():
         if most > len(found):
             raise ValueError(f"config.{field} asks for {most} training cases, {path} has {len(found)}: give fewer "
-                             f"(--config.{field}=...), or lower config.target.test_fraction and val_fraction")
+                             f"(--config.{field}=...), or {_other_splits(config, 'target')}")
     return found
 
 
@@ -110,6 +118,13 @@ def prediction(config: Any, folder: Path, cohort: str, data: str) -> tuple[list[
     target = folder / "test_cases" / version
     return [f"input={target}"], lambda: _link(_raw(config, folder, cohort, data), test_cases(config, folder, cohort),
                                               target)
+
+
+def _other_splits(config: Any, cohort: str) -> str:
+    """How to get other splits than a store has."""
+    if config[cohort].store:
+        return "make the store with other splits (launch/preprocess.py --test_fraction, --val_fraction or --splits)"
+    return f"give other config.{cohort}.test_fraction and val_fraction, or lists as config.{cohort}.splits"
 
 
 def _version(cohort: str, data: str) -> str:

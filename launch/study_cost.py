@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import command
 import study_runs as runs
 
 
@@ -29,8 +30,8 @@ def keep_off_devices() -> None:
 
 def settings_of(config: Any, file: str, overrides: Iterable[str]) -> Any:
     """The config of a run, but for its data and seeds."""
-    variant = config.variant or None
-    return overridden(importlib.import_module(f"configs.{file}").get_config(variant), overrides)
+    settings = importlib.import_module(f"configs.{file}").get_config(config.variant or None)
+    return overridden(settings.lock(), overrides)  # locked: an unknown field is an error, as on the command line
 
 
 def flops(config: Any, run: runs.Run) -> float:
@@ -68,6 +69,23 @@ def check_given_network(config: Any) -> None:
                     f"set config.model in configs/{recipe.file}.py to the same network (model.variant for S, B, M, L, "
                     f"model.{field} else) by --config.recipes.{name}.overrides, or leave {name} out of config.arms"
                 )
+
+
+def check_runs(config: Any) -> None:
+    """Raises ValueError for a run that training would refuse: before a protocol binds the study to its config."""
+    from mednext_jax.train import experiment
+    from mednext_jax.train.workdir import plain
+
+    keep_off_devices()
+    seen = set()
+    for run in (run for found in groups(config).values() for run in found):
+        if (kind := (run.file, run.overrides)) in seen:
+            continue
+        seen.add(kind)
+        try:
+            experiment.check_config(plain(settings_of(config, run.file, run.overrides)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"run {run.name} could not be trained: {command.one_line(error)}") from None
 
 
 def _nine(value: Any) -> tuple:

@@ -40,13 +40,21 @@ def check_names(config: Any) -> None:
 
 def check(config: Any, folder: Path) -> None:
     """Raises ValueError for a config that no study can have, or not the one in ``folder``."""
-    if not config.arms or not runs.replicates(config):
-        raise ValueError("config.arms, config.subset_seeds, config.init_seeds and config.order_seeds need a value each")
+    check_config(config)
     for cohort in cohorts.NAMES:
         cohorts.check(config, cohort)
+    protocol.check(folder, config.to_dict())
+
+
+def check_config(config: Any) -> None:
+    """Raises ValueError or OSError for names, stores, weights or runs that no study can have."""
+    check_names(config)
+    if not config.arms or not runs.replicates(config):
+        raise ValueError("config.arms, config.subset_seeds, config.init_seeds and config.order_seeds need a value each")
+    cohorts.check_stores(config)
     if config.pretrain.init_from:
         study_cost.check_given_network(config)
-    protocol.check(folder, config.to_dict())
+    study_cost.check_runs(config)
 
 
 def plan(config: Any, folder: Path) -> list[Step]:

@@ -33,6 +33,7 @@ OBJECTS, TEXTS = ("kwargs", "regions", "provenance"), ("normalization", "output"
 # Far above any network there is: a forged description must not keep the machine busy building one.
 MOST = {"n_channels": 2**12, "in_channels": 2**10, "n_classes": 2**10, "kernel_size": 99, "exp_r": 2**10,
         "block_counts": 2**10}  # fmt: skip
+MOST_PATCH = 2**10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +68,13 @@ class ModelInfo:
             for name in names:
                 if not isinstance(value := getattr(self, name), kind):
                     raise ValueError(f"{name} is {value!r}; it must be {told}")
-        if not all(isinstance(channel, str) for channel in self.channels):
+        channels, patch = (tuple(v) if isinstance(v, list | tuple) else () for v in (self.channels, self.patch_voxels))
+        if not channels or not all(isinstance(channel, str) for channel in channels):
             raise ValueError(f"channels is {self.channels!r}; give their names")
-        object.__setattr__(self, "channels", tuple(self.channels))
-        object.__setattr__(self, "patch_voxels", tuple(int(n) for n in self.patch_voxels))
+        if len(patch) not in (2, 3) or not all(isinstance(n, int) and 1 <= n <= MOST_PATCH for n in patch):
+            raise ValueError(f"patch_voxels is {self.patch_voxels!r}; give 2 or 3 sizes from 1 to {MOST_PATCH}")
+        object.__setattr__(self, "channels", channels)
+        object.__setattr__(self, "patch_voxels", patch)
         regions = {name: [int(value) for value in values] for name, values in self.regions.items()}
         object.__setattr__(self, "regions", regions)
         if self.output not in OUTPUTS:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from mednext_jax.evaluate import palette, plots, statistics
 from mednext_jax.evaluate.plots import STYLE
@@ -99,6 +99,7 @@ def accuracy_against_compute(points: Mapping[str, tuple[float, int, Estimate]], 
                          marker=style["marker"], alpha=0.75, edgecolor="black", linewidth=0.6,
                          label=f"{arm} ({parameters:,})")  # fmt: skip
         axes.axhline(zero_shot.mean, color="#777777", linestyle="--", linewidth=1.2, label="zero-shot")
+        axes.xaxis.set_major_locator(MaxNLocator(5))  # few: the labels are wide
         axes.xaxis.set_major_formatter(EngFormatter("FLOP"))
         axes.set_xlabel("arithmetic of the whole training")
         axes.set_ylabel("mean Dice, target test cases")

@@ -252,6 +252,25 @@ def test_no_store_is_made_among_scans(raw_case, tmp_path):
         assert content(tmp_path / place) == before
 
 
+def test_a_folder_of_other_files_does_not_become_a_store(raw_case, tmp_path):
+    raw_case()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds thesis.txt, which is no store's"):
+        make(tmp_path)
+    assert [file.name for file in (tmp_path / "store").iterdir()] == ["thesis.txt"]
+
+
+def test_other_splits_of_a_store_are_told(raw_case, tmp_path, capfd):
+    for number in range(4):
+        raw_case(f"BraTS-SSA-0000{number}-000")
+    make(tmp_path, val_fraction=0.25)
+    make(tmp_path, val_fraction=0.25)
+    assert "splits" not in capfd.readouterr().err
+    make(tmp_path, val_fraction=0.5)
+    assert "warning: the splits of" in capfd.readouterr().err
+
+
 def test_killed_run_leaves_no_half_case_and_ends_like_an_uninterrupted_one(raw_case, tmp_path):
     for number in range(12):
         raw_case(f"BraTS-SSA-{number:05d}-000", shape=(23, 40, 31))

@@ -1,5 +1,6 @@
 """Statistics against hand sums and scipy."""
 
+import itertools
 import math
 
 import numpy as np
@@ -83,8 +84,31 @@ def test_wilcoxon_of_five_equal_signs_is_its_floor():
 def test_wilcoxon_ignores_zeros_and_bears_ties_without_a_warning():
     assert statistics.wilcoxon(np.zeros(4)) == 1.0
     assert math.isnan(statistics.wilcoxon(np.array([])))
-    tied = np.array([0.1, 0.1, -0.1, 0.2, 0.2, 0.0, 0.3])
-    assert 0 < statistics.wilcoxon(tied) < 1
+    assert statistics.wilcoxon(np.array([0.5, 0.5, 0.0, 0.5, 0.5])) == 2 / 2**4
+
+
+@pytest.mark.parametrize(
+    "difference",
+    ([0.1, 0.1, -0.1, 0.2, 0.2, 0.0, 0.3], [1, 1, 1, 1, -1], [1, -2, 2, 3, 3, -3, 4, 1, 1], [0.3, -0.1, 0.2, 0.5]),
+)
+def test_wilcoxon_counts_the_sign_patterns_that_are_as_far_from_chance(difference):
+    difference = np.array(difference)
+    nonzero = difference[difference != 0]
+    ranks = stats.rankdata(np.abs(nonzero))
+    sums = [sum(ranks[i] for i, up in enumerate(signs) if up)
+            for signs in itertools.product((True, False), repeat=len(ranks))]  # fmt: skip
+    seen = ranks[nonzero > 0].sum()
+    wanted = 2 * min(sum(s <= seen for s in sums), sum(s >= seen for s in sums)) / len(sums)
+    assert statistics.wilcoxon(difference) == pytest.approx(min(1, wanted))
+    if len(np.unique(np.abs(nonzero))) == len(nonzero):
+        assert statistics.wilcoxon(difference) == pytest.approx(stats.wilcoxon(nonzero, method="exact").pvalue)
+
+
+def test_wilcoxon_of_many_untied_differences_is_scipys():
+    difference = np.random.default_rng(0).normal(0.2, 1, 50)
+    assert statistics.wilcoxon(difference) == pytest.approx(stats.wilcoxon(difference, method="exact").pvalue)
+    more = np.random.default_rng(0).normal(0.2, 1, 51)
+    assert statistics.wilcoxon(more) == pytest.approx(stats.wilcoxon(more, method="asymptotic").pvalue)
 
 
 def test_holm_correction_is_the_textbook_one():

@@ -128,6 +128,24 @@ def test_more_training_cases_than_there_are_is_told_before_anything_is_trained(t
         study_plan.plan(config, tmp_path)
 
 
+def test_what_training_would_refuse_is_told_before_a_protocol_binds_the_study(tmp_path):
+    config = study_config.get_config("demo")
+    config.overrides = ("optim.total_steps=10",)
+    with pytest.raises(ValueError, match=r"run scratch@0 could not be trained: config.optim.warmup_steps is 10"):
+        study_plan.check(config, tmp_path)
+    config.overrides = ("optim.total_step=10",)
+    with pytest.raises(ValueError, match=r"could not be trained: .*total_step"):
+        study_plan.check_config(config)
+
+
+def test_a_given_store_without_test_cases_is_told_with_its_remedy(tmp_path):
+    config = study_config.get_config("demo")
+    config.target.store = str(tmp_path / "store")
+    preprocess.preprocess(write_cohort(tmp_path / "raw", 5, True), config.target.store)
+    with pytest.raises(ValueError, match=r"store has no test cases; make the store .*preprocess.py --test_fraction"):
+        study_plan.check_config(config)
+
+
 @pytest.mark.parametrize(
     ("arms", "sizes", "said"),
     (
