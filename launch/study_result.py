@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import study_cohorts
+import study_conduct
 import study_cost
 import study_runs as runs
 
@@ -20,8 +21,6 @@ from mednext_jax.study.results import Estimate
 
 RESULT_FILE, MARKDOWN_FILE, PAGE_FILE, FIGURES = "results.json", "results.md", "report.html", "figures"
 SELECTION_CONTROL = "selection_by_mean"
-# Fields of a run's config that make an arm (the network is that of its weights), and where the first draw is from.
-OF_AN_ARM = ("peft.", "init_from", "model.", "optim.peak_lr", "data.order_seed")
 
 
 def evaluation(folder: Path, group: str, cohort: str, data: str) -> Path:
@@ -127,7 +126,8 @@ def _sections(config: Any, folder: Path, fixed: dict[str, Any]) -> tuple[list[Se
             made, found = section(config, folder, source, target)
             sections.append(made)
             estimates |= found
-    return [*sections, _rates(config, fixed), _protocol(config, fixed, folder)], estimates, said
+    sections += [study_conduct.rates(config, fixed), study_conduct.conduct(config, fixed, folder)]
+    return sections, estimates, said
 
 
 def _differences(config: Any, target: Table) -> list[results.Difference]:
@@ -255,47 +255,3 @@ def _settings(
             yield f"{fault} ({arm})", replaced(clean, adapter=(table, f"{fault}.{arm}")), corrected
     else:
         yield fault, replaced(clean, full=(table, f"{fault}.{full}")), clean
-
-
-def _rates(config: Any, fixed: dict[str, Any]) -> Section:
-    if not fixed["trials"]:
-        listed = ", ".join(f"{arm} {rate:g}" for arm, rate in fixed["learning_rates"].items())
-        return Section("Learning rates", f"Every arm used the rate of its config file: {listed}.")
-    rows = []
-    for arm, trials in fixed["trials"].items():
-        ordered = sorted((int(k), score) for k, score in trials.items())
-        listed = ", ".join(f"{runs.trial_rate(config, arm, k):g}: {report.number(score)}" for k, score in ordered)
-        rows.append([arm, f"{fixed['learning_rates'][arm]:g}", str(len(ordered)), listed])
-    subsets = "on subsets that no repetition uses" if config.max_train_cases else "trained on all training cases"
-    text = f"Chosen by the mean Dice of the validation cases, {subsets}."
-    return Section("Learning rates", text, ["arm", "chosen", "trials", "validation mean Dice of each"], rows)
-
-
-def _unequal(config: Any, folder: Path) -> list[str]:
-    """In which fields the runs of the arms differ beside what makes an arm: nothing should be listed."""
-    from mednext_jax.train import workdir
-
-    found = {arm: workdir.leaves(json.loads((folder / "runs" / f"{arm}@0" / "config.json").read_text()))
-             for arm in config.arms}  # fmt: skip
-    fields = sorted({name for leaves in found.values() for name in leaves if not name.startswith(OF_AN_ARM)})
-    values = {name: {arm: leaves.get(name) for arm, leaves in found.items()} for name in fields}
-    return [f"{name} ({', '.join(f'{arm} {value}' for arm, value in by_arm.items())})"
-            for name, by_arm in values.items() if len(set(map(str, by_arm.values()))) > 1]  # fmt: skip
-
-
-def _protocol(config: Any, fixed: dict[str, Any], folder: Path) -> Section:
-    record = json.loads((folder / protocol.TEST_FILE).read_text())
-    c = fixed["config"]
-    count, unequal = len(fixed["test_cases"]["target"]), _unequal(config, folder)
-    same = "The arms' configs are equal in every field but method, starting weights, network and learning rate"
-    same = f"Beside what makes them, the arms differ in: {'; '.join(unequal)}" if unequal else same
-    lines = [
-        f"Fixed at {fixed['fixed_at']} (sha256 {fixed['sha256'][:16]}), before the first test case was used at "
-        f"{record['first_touched_at']}. {count} target and {len(fixed['test_cases']['source'])} source test cases, "
-        "used once, after all training.",
-        f"Seeds: target subset {c['subset_seeds']}, initial weights and pre-training {c['init_seeds']}, data order "
-        f"{c['order_seeds']}, {'crossed' if c['crossed'] else 'taken in turn'}. {same}; their predictions are "
-        "post-processed alike.",
-        "Deviations: " + (" ".join(protocol.deviations(fixed)) or "none."),
-    ]
-    return Section("Protocol", "\n\n".join(lines))

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 
+import study_conduct  # noqa: E402
 import study_result  # noqa: E402
 
 from configs import study as study_config  # noqa: E402
@@ -125,4 +126,4 @@ def test_a_field_in_which_arms_differ_beside_what_makes_them_is_named(study):
         content = {"seed": 0, "init_from": arm, "peft": {"method": arm}, "data": {"batch_size": 2},
                    "optim": {"peak_lr": steps, "total_steps": steps}}  # fmt: skip
         (folder / "runs" / f"{arm}@0" / "config.json").write_text(json.dumps(content))
-    assert study_result._unequal(config, folder) == ["optim.total_steps (full 80, scratch 90)"]
+    assert study_conduct.unequal(config, folder) == ["optim.total_steps (full 80, scratch 90)"]
