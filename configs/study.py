@@ -51,8 +51,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.recipes = _recipes()
     c.overrides = ()  # of every arm's config, such as "optim.total_steps=1000"
     # Learning rates: trials rates, a factor apart, around the recipe's own; while the best is at an edge the grid
-    # grows, up to max_trials. Chosen by the validation score, mean over that many tuning subsets.
-    c.rates = ConfigDict(dict(trials=3, factor=3.0, max_trials=6, subsets=2, overrides=()))
+    # grows, up to max_trials. Chosen by the validation score, mean over that many tuning subsets; of rates that come
+    # within the tolerance of the best, the one nearest to the recipe's own.
+    c.rates = ConfigDict(dict(trials=3, factor=3.0, max_trials=6, subsets=2, tolerance=0.005, overrides=()))
     c.few_shot = ConfigDict(dict(sizes=(1, 5, 10, 30), arms=("scratch", "full", "conv_adapter"), replicates=5))
     c.ablations = FAULTS
     c.ablation = ConfigDict(dict(

@@ -24,7 +24,8 @@ def rates(config: Any, fixed: dict[str, Any]) -> Section:
         listed = ", ".join(f"{runs.trial_rate(config, arm, k):g}: {report.number(score)}" for k, score in ordered)
         rows.append([arm, f"{fixed['learning_rates'][arm]:g}", str(len(ordered)), listed])
     subsets = "on subsets that no repetition uses" if config.max_train_cases else "trained on all training cases"
-    text = f"Chosen by the mean Dice of the validation cases, {subsets}."
+    text = (f"Chosen by the mean Dice of the validation cases, {subsets}: the best, or what comes within "
+            f"{config.rates.tolerance:g} of it and is nearest to the rate of the arm's config file.")
     return Section("Learning rates", text, ["arm", "chosen", "trials", "validation mean Dice of each"], rows)
 
 

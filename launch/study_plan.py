@@ -72,7 +72,7 @@ def plan(config: Any, folder: Path) -> list[Step]:
         wanted = rates.wanted(scores, config.rates.trials, config.rates.max_trials)
         trials += [(trial, run) for trial in {*scores, *wanted} for run in runs.trial_runs(config, arm, trial)]
         if not wanted:
-            learning_rates[arm] = runs.trial_rate(config, arm, rates.chosen(scores))
+            learning_rates[arm] = runs.trial_rate(config, arm, rates.chosen(scores, config.rates.tolerance))
     # One trial of every arm after the other, so that processes side by side do not compile the same program.
     steps += [_train(config, folder, run) for _, run in sorted(trials, key=lambda found: found[0])]
     if len(learning_rates) < len(config.arms):

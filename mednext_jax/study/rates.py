@@ -33,18 +33,23 @@ def wanted(scores: Scores, trials: int, max_trials: int) -> list[int]:
     return [k for k in (best - 1, best + 1) if k not in scores][:1]
 
 
-def chosen(scores: Scores) -> int:
-    """The trial with the highest score; of equal ones the smallest rate.
+def chosen(scores: Scores, tolerance: float = 0.0) -> int:
+    """The trial with the highest score, or one that is as good: within ``tolerance`` of it and nearest to the centre.
+
+    Scores of a few validation cases differ in their third digit from one processor to the next; which of two equal
+    rates is taken should not.
 
     Raises: ValueError if no trial has a score.
     """
     known = {k: score for k, score in scores.items() if not math.isnan(score)}
     if not known:
         raise ValueError("no learning rate gave a score: lower the recipe's own rate")
-    return min(known, key=lambda k: (-known[k], k))
+    best = min(known, key=lambda k: (-known[k], k))
+    as_good = [k for k, score in known.items() if score >= known[best] - tolerance]
+    return min(as_good, key=lambda k: (abs(k), k)) if tolerance else best
 
 
 def is_interior(scores: Scores) -> bool:
-    """Whether the chosen trial has a worse or equal neighbour on both sides."""
+    """Whether the best trial has a worse or equal neighbour on both sides."""
     best = chosen(scores)
     return best - 1 in scores and best + 1 in scores

@@ -47,3 +47,11 @@ def test_diverged_trials_lose_and_equal_ones_go_to_the_smaller_rate():
 
 def test_rates_are_rounded_as_they_are_written():
     assert [rates.rate(1e-3, 3.0, k) for k in (-1, 0, 1, 2)] == [0.00033, 0.001, 0.003, 0.009]
+
+
+def test_of_rates_that_are_as_good_the_one_nearest_to_the_recipes_own_is_taken():
+    assert rates.chosen({-1: 0.700, 0: 0.697, 1: 0.690}, 0.005) == 0
+    assert rates.chosen({-1: 0.700, 0: 0.690, 1: 0.690}, 0.005) == -1
+    assert rates.chosen({-2: 0.699, -1: 0.690, 0: 0.600, 1: 0.697, 2: 0.7}, 0.005) == 1
+    assert rates.chosen({-1: 0.7, 0: math.nan, 1: 0.7}, 0.005) == -1
+    assert rates.wanted({-1: 0.690, 0: 0.699, 1: 0.700}, 3, 6) == [2]  # the grid still grows until the best is inside
