@@ -4,9 +4,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 from data_pipeline.progress import track
@@ -57,12 +58,8 @@ def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callab
     # Spawned, not forked: the caller may run threads (JAX does), which a fork would break.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
-        # Ctrl-C stays with the parent: workers inherit the mask, so it cannot end them while they start either.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _ctrl_c_waits():
             futures = [pool.submit(function, item) for item in items]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             for future in watched(as_completed(futures)):
                 future.result()
@@ -73,6 +70,27 @@ def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callab
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         return [future.result() for future in futures]
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C acts when the block is done, and in this process alone: those that it starts inherit the mask.
+
+    The mask alone would not do: another thread may get the signal, and Python then interrupts the main one, between
+    starting a process and telling it what to do.
+    """
+    pressed, handler = [], signal.getsignal(signal.SIGINT)
+    if own := threading.current_thread() is threading.main_thread():  # no other may have handlers
+        signal.signal(signal.SIGINT, lambda *which: pressed.append(which))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if own:
+            signal.signal(signal.SIGINT, handler)
+        if pressed and callable(handler):
+            handler(*pressed[0])
 
 
 def _prepare_worker() -> None:

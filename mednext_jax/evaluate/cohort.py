@@ -3,6 +3,7 @@
 import multiprocessing
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -176,12 +177,23 @@ def _mapper(workers: int, jobs: int) -> Iterator[Callable]:
 
 
 def _started_without_interrupts(start: Callable, *arguments: Any) -> Any:
-    """``start(*arguments)``; Ctrl-C stays with this process: those that it starts inherit the mask and never see it."""
+    """``start(*arguments)``; Ctrl-C stays with this process: those that it starts inherit the mask and never see it.
+
+    Here it acts once all are started. The mask alone would not do: another thread may get the signal, and Python then
+    interrupts the main one, between starting a process and telling it what to do.
+    """
+    pressed, handler = [], signal.getsignal(signal.SIGINT)
+    if own := threading.current_thread() is threading.main_thread():  # no other may have handlers
+        signal.signal(signal.SIGINT, lambda *which: pressed.append(which))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return start(*arguments)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if own:
+            signal.signal(signal.SIGINT, handler)
+        if pressed and callable(handler):
+            handler(*pressed[0])
 
 
 def _watched(items: Iterable, total: int, what: str) -> Iterator:

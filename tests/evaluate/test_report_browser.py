@@ -12,6 +12,7 @@ import pytest
 from mednext_jax.evaluate import cohort, measure, provenance, report, summary, viewer
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+wait = pytest.importorskip("selenium.webdriver.support.wait")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed")
@@ -82,6 +83,8 @@ def opened(browser, page):
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     _forget_logs(browser)
     browser.get((page / "report.html").as_uri())
+    loaded = "return document.readyState === 'complete' && document.querySelectorAll('#percase tbody tr').length"
+    wait.WebDriverWait(browser, 60).until(lambda driver: driver.execute_script(loaded))
     return browser
 
 
