@@ -101,8 +101,9 @@ def deviations(fixed: Mapping[str, Any]) -> list[str]:
                          "the choice is partly luck.")
     for field, least in (("subset_seeds", 5), ("init_seeds", 3), ("order_seeds", 3)):
         if field == "subset_seeds" and not config["max_train_cases"]:
+            too = ", and learning rates are chosen on them too" if config["rates"]["trials"] > 1 else ""
             found.append("Every repetition trains on all training cases (config.max_train_cases=0): the intervals "
-                         "leave out the chance of which cases those are, and learning rates are chosen on them too.")
+                         f"leave out the chance of which cases those are{too}.")
         elif len(config[field]) < least:
             found.append(f"{len(config[field])} value(s) of {field}; {least} are wanted.")
     if not config["crossed"] and config["max_train_cases"] and len(config["subset_seeds"]) > 1:
