@@ -249,7 +249,8 @@ def test_the_dry_run_counts_the_runs_that_the_plan_has(tmp_path):
     planned = [name for name in plan(config, tmp_path) if name.startswith("train_")]
     assert sum(map(len, study_cost.groups(config).values())) == len(planned)
     config.rates.trials = 3
-    assert len(study_cost.groups(config)["learning rates (first grids)"]) == 3 * len(config.arms)
+    assert len(study_cost.groups(config)["learning rates (first grids)"]) == \
+        3 * config.rates.subsets * len(config.arms)
 
 
 def test_the_dry_run_counts_arithmetic_of_what_a_run_overrides(tmp_path):
