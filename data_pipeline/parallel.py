@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TypeVar
@@ -15,6 +15,7 @@ from data_pipeline.progress import track
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _MOST_WORKERS = 16
+ITEM_SECONDS = 1800.0  # longest time in which not one item is done
 
 
 def run(
@@ -36,6 +37,8 @@ def run(
     Raises:
       ValueError: workers below 1.
       ChildProcessError: a worker died, most often for want of memory.
+      TimeoutError: no worker was done with an item for :data:`ITEM_SECONDS`. They are killed; one that a dead disk
+        keeps alive keeps Python from ending too, but for ``os._exit``.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}: at least 1 is needed")
@@ -45,7 +48,7 @@ def run(
         return track(results, len(items), title) if progress else results
 
     if count > 1:
-        return _run_pool(function, items, count, watched)
+        return _run_pool(function, items, count, watched, title)
     return list(watched(map(function, items)))
 
 
@@ -54,22 +57,36 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callable) -> list:
+def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callable, title: str) -> list:
     # Spawned, not forked: the caller may run threads (JAX does), which a fork would break.
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
         with _ctrl_c_waits():
             futures = [pool.submit(function, item) for item in items]
         try:
-            for future in watched(as_completed(futures)):
+            for future in watched(_as_done(futures, title)):
                 future.result()
         except BrokenProcessPool as error:
             text = "a worker process died (out of memory?); try fewer workers, finished cases are kept"
             raise ChildProcessError(text) from error
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, TimeoutError):
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.kill()
             raise
         return [future.result() for future in futures]
+
+
+def _as_done(futures: Sequence[Future], title: str) -> Iterator[Future]:
+    """The futures as they complete; the wait for the next one has an end."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, ITEM_SECONDS, FIRST_COMPLETED)
+        if not done:
+            raise TimeoutError(f"{title}: no case was done within {ITEM_SECONDS:g} s; check the disk that holds the "
+                               "scans and run the same command again, finished cases are kept")  # fmt: skip
+        yield from done
 
 
 @contextmanager
@@ -96,10 +113,10 @@ def _ctrl_c_waits() -> Iterator[None]:
 def _prepare_worker() -> None:
     """Ends this worker when the parent is gone without stopping it."""
 
-    def wait() -> None:
+    def leave_with_parent() -> None:
         parent = multiprocessing.parent_process()
         if parent is not None:
             parent.join()
             os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=leave_with_parent, daemon=True).start()

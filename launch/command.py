@@ -9,6 +9,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 from absl import app, flags, logging
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the full traceback of an error.")
+
+END_SECONDS = 5.0  # given to threads and processes to end by themselves after a time-out
 
 # What bad input, bad files and a bad environment raise. Anything else is a fault of ours: its traceback is wanted.
 USER_ERRORS = (ValueError, OSError, KeyError, AttributeError, TypeError, MemoryError, ImportError)
@@ -84,6 +88,17 @@ def with_underscores(argv: Sequence[str]) -> list[str]:
     return result
 
 
+def _end_without_those_who_hang() -> None:
+    """At its end Python waits for readers, and one that waits for a dead disk may never return."""
+
+    def end() -> None:
+        time.sleep(END_SECONDS)
+        sys.stdout.flush()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
 def refuse_existing(output: str) -> None:
     """Raises FileExistsError if something is at ``output``: what an earlier command made is not replaced unasked."""
     path = Path(output)
@@ -136,6 +151,8 @@ def run(main: Callable[[Any], int | None], parse: Callable[[Sequence[str]], Any]
             print("interrupted", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
         except Exception as error:
+            if isinstance(error, TimeoutError):
+                _end_without_those_who_hang()
             if DEBUG.value or not (isinstance(error, USER_ERRORS) or ran_out_of_memory(error)):
                 raise
             print(f"error: {one_line(error)}", file=sys.stderr)

@@ -22,10 +22,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
-from mednext_jax.train import devices, failed_reads
+from mednext_jax.train import devices, failed_reads, waits
 
 RECORDS = ("data", "progress", "config")
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that was being written when the run died
+WRITE_SECONDS = 1800.0  # longest time for one step to be on disk
 SPARE_BYTES = 1 << 20  # for manifests and records
 KEEP_LATEST = 2  # the newest and, should it be damaged, the one before; the best one is kept besides
 
@@ -119,6 +120,7 @@ class Checkpoints:
         items["leaves"] = ocp.args.JsonSave({"leaves": describe_leaves(flat), "records": sums})
         args = ocp.args.Composite(state=ocp.args.StandardSave(flat), **items)
         metrics = None if score is None else {"score": score}
+        self.wait()  # Orbax would too, without a limit
         with self._writing(step):
             if not self._manager.save(step, args=args, metrics=metrics, force=True):
                 raise OSError("Orbax skipped it")
@@ -134,9 +136,21 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises OSError if that failed."""
-        with self._writing(self._manager.latest_step()):
-            self._manager.wait_until_finished()
+        """Returns when everything is on disk.
+
+        Raises:
+          OSError: that failed.
+          TimeoutError: it took longer than :data:`WRITE_SECONDS`.
+        """
+        step = self._manager.latest_step()
+
+        def finish() -> None:
+            with self._writing(step):
+                self._manager.wait_until_finished()
+
+        told = (f"checkpoint {self.directory / str(step)} was not written within {WRITE_SECONDS:g} s: check the disk, "
+                "run the same command again; it goes on from the newest complete step")  # fmt: skip
+        waits.within(WRITE_SECONDS, finish, told)
 
     def close(self) -> None:
         """Waits and frees the background threads."""

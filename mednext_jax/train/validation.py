@@ -10,9 +10,10 @@ from jax.experimental import multihost_utils
 from mednext_jax.evaluate import overlap
 from mednext_jax.infer.postprocess import PostProcess
 from mednext_jax.infer.sliding_window import SlidingWindow
-from mednext_jax.train import devices
+from mednext_jax.train import devices, waits
 
 THRESHOLD = 0.5
+READ_SECONDS = 300.0  # longest time for one case
 
 Regions = Mapping[str, Sequence[int]]
 LoadCase = Callable[[str], tuple[np.ndarray, np.ndarray]]
@@ -87,7 +88,9 @@ def validate(
       load: case id -> image (D, H, W, C), label (D, H, W).
       stop: asked before each case.
 
-    Raises: Stopped if ``stop()`` became true.
+    Raises:
+      Stopped: ``stop()`` became true.
+      TimeoutError: a case was not read within :data:`READ_SECONDS`.
     """
     named = label_of(score)
     columns = dict(regions) if named is None else {**regions, score: (named,)}
@@ -95,12 +98,12 @@ def validate(
     for row in range(jax.process_index(), len(case_ids), jax.process_count()):
         if stop():
             raise Stopped
-        image, label = load(case_ids[row])
-        outputs = window.predict(params, np.asarray(image))
+        image, label = _read(load, case_ids[row])
+        outputs = window.predict(params, image)
         predicted = predicted_masks(outputs, output, regions)
         if named is not None:
             predicted[score] = PostProcess()(outputs, output, regions, (1.0, 1.0, 1.0)) == named
-        truth = overlap.region_masks(np.asarray(label), columns)
+        truth = overlap.region_masks(label, columns)
         dice[row] = [overlap.dice(predicted[name], truth[name]) for name in columns]
     if jax.process_count() > 1:
         devices.meet("validated")
@@ -111,3 +114,9 @@ def validate(
     if named is not None:
         scores[score] = average(dice[:, len(regions) :].astype(np.float64), {score: (named,)})["mean"]
     return scores
+
+
+def _read(load: LoadCase, case_id: str) -> tuple[np.ndarray, np.ndarray]:
+    """Image and label in memory: what is only mapped would be read from the disk later, without a limit."""
+    told = f"validation case {case_id} was not read within {READ_SECONDS:g} s: check the disk that holds the store"
+    return waits.within(READ_SECONDS, lambda: tuple(np.array(part) for part in load(case_id)), told)
