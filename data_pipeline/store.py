@@ -165,7 +165,8 @@ def write_case(
         (staging / "case.json").write_text(json.dumps(record, allow_nan=False) + "\n")
         _take_place(staging, final)
     except OSError as error:  # numpy's own message names no file
-        raise OSError(f"{shown(final)} cannot be written ({error}); finished cases are kept") from error
+        raise OSError(f"{shown(final)} cannot be written ({error}): make room on the disk or give another path, and "
+                      "run the same command again; finished cases are kept") from error  # fmt: skip
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return record

@@ -40,20 +40,6 @@ SAVE_PROBABILITIES = flags.DEFINE_bool("save_probabilities", False, "Write proba
 SKIP_EXISTING = flags.DEFINE_bool("skip_existing", True, "Keep label maps that are there; else replace them.")
 
 
-def by_region(name: str, items: list[str], regions: list[str]) -> dict[str, float]:
-    """Reads ``["0.5"]`` or ``["WT:0.5", "ET:0.7"]`` as {region: number}."""
-    pairs = [item.rpartition(":") for item in items]
-    try:
-        if len(pairs) == 1 and not pairs[0][1]:
-            return dict.fromkeys(regions, float(pairs[0][2]))
-        if not all(separator for _, separator, _ in pairs):
-            raise ValueError
-        return {region.strip(): float(value) for region, _, value in pairs}
-    except ValueError:
-        example = ",".join(f"{region}:0.5" for region in regions)
-        raise ValueError(f"--{name}={','.join(items)}: give one number, or one per region like {example}") from None
-
-
 def pairs(models: list[str], adapters: list[str]) -> list[tuple[str, str | None]]:
     """(model, adapter or None) of each member of the ensemble."""
     if not adapters:
@@ -82,7 +68,7 @@ def main(_) -> int:
 
     from data_pipeline import atomic
     from mednext_jax.infer import ensemble
-    from mednext_jax.infer.postprocess import PostProcess
+    from mednext_jax.infer.postprocess import PostProcess, by_region
     from mednext_jax.modeldir import params_hash
 
     prediction.check_output(INPUT.value, OUTPUT.value)
@@ -95,9 +81,9 @@ def main(_) -> int:
     prediction.check_data(predictor.info, INPUT.value)
     regions = list(predictor.info.regions)
     rules = PostProcess(
-        by_region("thresholds", THRESHOLDS.value, regions),
-        by_region("min_component_mm3", MIN_COMPONENT_MM3.value, regions),
-        by_region("min_total_mm3", MIN_TOTAL_MM3.value, regions),
+        by_region("--thresholds", THRESHOLDS.value, regions),
+        by_region("--min_component_mm3", MIN_COMPONENT_MM3.value, regions),
+        by_region("--min_total_mm3", MIN_TOTAL_MM3.value, regions),
     )
     rules.check(predictor.info.regions)
     options = prediction.Options(rules, LABEL_SCHEME.value, SAVE_PROBABILITIES.value)

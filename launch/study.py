@@ -11,6 +11,7 @@ several GPUs or machines (with CUDA_VISIBLE_DEVICES, or one job each) shares the
 """
 
 import contextlib
+import os
 import signal
 import sys
 import textwrap
@@ -21,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # configs/ is not installed
 
 import command
+import study_check
 import study_cost
 import study_plan
 import study_result
@@ -227,14 +229,15 @@ def main(_) -> int:
     config = CONFIG.value
     if config is None or not (WORKDIR.value or DRY_RUN.value):
         raise ValueError("give --config=configs/study.py:demo (or :simulated, or :real) and --workdir=FOLDER")
-    study_plan.split_names(config)
+    study_check.split_names(config)
     if DRY_RUN.value:
-        study_plan.check_config(config)
+        study_check.check_config(config)
         for line in (*study_runs.left_out(config), *study_cost.report(config, TFLOPS.value)):
             print(line, flush=True)
         return 0
-    folder, began = Path(WORKDIR.value), time.monotonic()
-    study_plan.check(config, folder)
+    folder = Path(os.path.abspath(WORKDIR.value))  # part of every step's command, which is the same from anywhere
+    began = time.monotonic()
+    study_check.check(config, folder)
     expected = study_result.published(Path(EXPECTED.value)) if EXPECTED.value else None
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _on_signal)

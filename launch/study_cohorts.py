@@ -1,5 +1,6 @@
 """The cohorts of a study: where they come from, their stores and test cases, and their versions with a fault."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,39 @@ def check(config: Any, cohort: str) -> None:
     if _simulates(config, cohort) and config.simulate.version != SIMULATOR_VERSION:
         raise ValueError(f"config.simulate.version is {config.simulate.version}, this simulator is version "
                          f"{SIMULATOR_VERSION}: its cohorts differ, and so would the results")
+    if c.root and not Path(c.root).is_dir():
+        raise ValueError(f"config.{cohort}.root={c.root} is no folder; give that of the BraTS cases")
+    if c.splits and not Path(c.splits).is_file():
+        raise ValueError(f"config.{cohort}.splits={c.splits} is no file; give a JSON with your splits")
+    if not (c.store or c.splits):
+        _check_fractions(config, cohort)
+
+
+def _check_fractions(config: Any, cohort: str) -> None:
+    c = config[cohort]
+    if not 0 < c.test_fraction < 1:
+        raise ValueError(f"config.{cohort}.test_fraction is {c.test_fraction}; a part is to be tested on")
+    if not 0 <= c.val_fraction < 1 - c.test_fraction:
+        raise ValueError(f"config.{cohort}.val_fraction is {c.val_fraction}; with {c.test_fraction} for testing it "
+                         "must leave cases for training")
 
 
 def check_stores(config: Any) -> None:
     """Raises ValueError or OSError if a given store is none, or has too few cases."""
     for cohort in NAMES:
         if config[cohort].store:
-            test_cases(config, Path(), cohort)
-    if config.target.store:
-        training_cases(config, Path())
+            Store(config[cohort].store)
+    check_cases(config, Path())
+
+
+def check_cases(config: Any, folder: Path) -> None:
+    """Raises ValueError if a cohort whose store is complete has too few cases to train on, to choose by or to test."""
+    for cohort in NAMES:
+        if is_prepared(config, folder, cohort):
+            test_cases(config, folder, cohort)
+    if is_prepared(config, folder, "target"):
+        training_cases(config, folder)
+        _check_validation(config, folder)
 
 
 def is_simulated(config: Any) -> bool:
@@ -101,6 +126,14 @@ def training_cases(config: Any, folder: Path) -> list[str]:
             raise ValueError(f"config.{field} asks for {most} training cases, {path} has {len(found)}: give fewer "
                              f"(--config.{field}=...), or {_other_splits(config, 'target')}")
     return found
+
+
+def _check_validation(config: Any, folder: Path) -> None:
+    path, _ = store(config, folder, "target", "")
+    held = Store(path)
+    if config.rates.trials > 1 and not any(held.cases[case]["labelled"] for case in held.split("val")):
+        raise ValueError(f"{path} has no validation cases to choose learning rates by: config.rates.trials=1 takes the "
+                         f"config files' own, or {_other_splits(config, 'target')}")
 
 
 def references(config: Any, folder: Path, cohort: str, data: str) -> Path:
@@ -184,9 +217,8 @@ def _link(root: Path, wanted: list[str], target: Path) -> None:
             continue
         (target / case.case_id).mkdir(parents=True, exist_ok=True)
         for file in (*case.images.values(), case.segmentation):
-            link = target / case.case_id / file.name
-            if not link.exists():
-                link.symlink_to(file.absolute())
+            with contextlib.suppress(FileExistsError):  # another process may be making the same links
+                (target / case.case_id / file.name).symlink_to(file.absolute())
 
 
 def _write_references(path: Path, target: Path) -> None:

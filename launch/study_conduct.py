@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import study_cost
 import study_runs as runs
 
 from mednext_jax.study import protocol, report
 from mednext_jax.study.report import Section
 
 # Fields of a run's config that make an arm: method, weights and their network, learning rate, an order of its own.
-OF_AN_ARM = ("peft.", "init_from", "model.", "optim.peak_lr", "data.order_seed")
+OF_AN_ARM = ("peft.", "init_from", "model.variant", *(f"model.{field}" for field in study_cost.NETWORK),
+             "optim.peak_lr", "data.order_seed")  # fmt: skip
 
 
 def rates(config: Any, fixed: dict[str, Any]) -> Section:
@@ -19,8 +21,8 @@ def rates(config: Any, fixed: dict[str, Any]) -> Section:
         listed = ", ".join(f"{arm} {rate:g}" for arm, rate in fixed["learning_rates"].items())
         return Section("Learning rates", f"Every arm used the rate of its config file: {listed}.")
     rows = []
-    for arm, trials in fixed["trials"].items():
-        ordered = sorted((int(k), score) for k, score in trials.items())
+    for arm, trials in protocol.tried(fixed).items():
+        ordered = sorted(trials.items())
         listed = ", ".join(f"{runs.trial_rate(config, arm, k):g}: {report.number(score)}" for k, score in ordered)
         rows.append([arm, f"{fixed['learning_rates'][arm]:g}", str(len(ordered)), listed])
     subsets = "on subsets that no repetition uses" if config.max_train_cases else "trained on all training cases"

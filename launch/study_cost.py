@@ -8,6 +8,8 @@ from typing import Any
 import command
 import study_runs as runs
 
+NETWORK = ("n_channels", "kernel_size", "block_counts", "exp_r", "grn")
+
 
 def overridden(config: Any, overrides: Iterable[str]) -> Any:
     """A run's config with ``field=value`` applied, as its command line would."""
@@ -46,29 +48,38 @@ def flops(config: Any, run: runs.Run) -> float:
     return dry_run.cost(plain(settings)).step_flops * settings.optim.total_steps
 
 
-def check_given_network(config: Any) -> None:
-    """Raises ValueError or OSError if there are no weights, or an arm that takes none trains another network."""
+def check_networks(config: Any) -> None:
+    """Raises ValueError if an arm that starts anew trains another network than the others; OSError without weights."""
     from mednext_jax import modeldir
-    from mednext_jax.nn.mednext import MedNeXt
-    from mednext_jax.train import network
-    from mednext_jax.train.workdir import plain
 
     keep_off_devices()
-    given = modeldir.load_info(config.pretrain.init_from).network()
+    if source := config.pretrain.init_from:
+        given = modeldir.load_info(source).network()
+    else:
+        source, given = "pre-training", _drawn(config, "pretrain", config.pretrain.overrides)
     for name in config.arms:
         recipe = config.recipes[name]
         if recipe.file != "scratch":
             continue
-        settings = settings_of(config, recipe.file, (*recipe.overrides, *config.overrides))
-        own = MedNeXt(n_classes=1, **{"kernel_size": 3, **network.wanted_arguments(plain(settings))})
-        for field in ("n_channels", "kernel_size", "block_counts", "exp_r", "grn"):
+        own = _drawn(config, recipe.file, (*recipe.overrides, *config.overrides))
+        for field in NETWORK:
             has, wants = getattr(own, field), getattr(given, field)
             if _nine(has) != _nine(wants):
                 raise ValueError(
-                    f"arm {name} would train a network with {field} {has}, {config.pretrain.init_from} has {wants}: "
+                    f"arm {name} would train a network with {field} {has}, {source} has {wants}: "
                     f"set config.model in configs/{recipe.file}.py to the same network (model.variant for S, B, M, L, "
                     f"model.{field} else) by --config.recipes.{name}.overrides, or leave {name} out of config.arms"
                 )
+
+
+def _drawn(config: Any, file: str, overrides: Iterable[str]) -> Any:
+    """The network that a run draws anew; its number of classes is not that of the data."""
+    from mednext_jax.nn.mednext import MedNeXt
+    from mednext_jax.train import network
+    from mednext_jax.train.workdir import plain
+
+    wanted = network.wanted_arguments(plain(settings_of(config, file, overrides)))
+    return MedNeXt(n_classes=1, **{"kernel_size": 3, **wanted})
 
 
 def check_runs(config: Any) -> None:
@@ -83,7 +94,10 @@ def check_runs(config: Any) -> None:
             continue
         seen.add(kind)
         try:
-            experiment.check_config(plain(settings_of(config, run.file, run.overrides)))
+            settings = settings_of(config, run.file, run.overrides)
+            experiment.check_config(plain(settings))
+            if run.name.startswith(runs.TRIALS) and not settings.eval.every:
+                raise ValueError("no validation would judge it: set eval.every in config.rates.overrides")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"run {run.name} could not be trained: {command.one_line(error)}") from None
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import study_cohorts as cohorts
-import study_cost
 import study_result
 import study_runs as runs
 from study_steps import Step, launcher
@@ -19,59 +18,27 @@ from mednext_jax.study import protocol, rates
 PROTOCOL, RESULT = "protocol", "result"
 
 
-def split_names(config: Any) -> None:
-    """Makes two names of the one that ``--config.arms=full,lora`` is read as."""
-    lists = ((config, "arms"), (config, "ablations"), (config.few_shot, "arms"), (config.ablation, "arms"))
-    for section, field in lists:
-        section[field] = tuple(name for value in section[field] for name in value.split(","))
-
-
-def check_names(config: Any) -> None:
-    """Raises ValueError for an arm or fault that there is not."""
-    arms = {"arms": config.arms, "few_shot.arms": config.few_shot.arms, "ablation.arms": config.ablation.arms}
-    for field, names in arms.items():
-        for name in names:
-            if name not in config.recipes:
-                raise ValueError(f"config.{field} names {name!r}; known: {', '.join(config.recipes)}")
-    for name in config.ablations:
-        if name not in runs.FAULTS:
-            raise ValueError(f"config.ablations names {name!r}; known: {', '.join(runs.FAULTS)}")
-
-
-def check(config: Any, folder: Path) -> None:
-    """Raises ValueError for a config that no study can have, or not the one in ``folder``."""
-    check_config(config)
-    for cohort in cohorts.NAMES:
-        cohorts.check(config, cohort)
-    protocol.check(folder, config.to_dict())
-
-
-def check_config(config: Any) -> None:
-    """Raises ValueError or OSError for names, stores, weights or runs that no study can have."""
-    check_names(config)
-    if not config.arms or not runs.replicates(config):
-        raise ValueError("config.arms, config.subset_seeds, config.init_seeds and config.order_seeds need a value each")
-    cohorts.check_stores(config)
-    if config.pretrain.init_from:
-        study_cost.check_given_network(config)
-    study_cost.check_runs(config)
-
-
 def plan(config: Any, folder: Path) -> list[Step]:
-    """Every step that is known so far."""
+    """Every step that is known so far; once there is a protocol, it says which trials and learning rates there are.
+
+    Raises: ValueError if the study's cohorts or its protocol do not allow this config.
+    """
+    protocol.check(folder, config.to_dict())  # another process may have fixed one just now
+    fixed = protocol.read(folder)
     steps = cohorts.steps(config, folder)
-    if cohorts.is_prepared(config, folder, "target"):
-        cohorts.training_cases(config, folder)  # too few of them is told before days of training
+    cohorts.check_cases(config, folder)  # too few of them are told before days of training
     steps += [_train(config, folder, run) for run in runs.pretrainings(config)]
     learning_rates, trials = {}, []
     for arm in config.arms:
         if config.rates.trials < 2:
             learning_rates[arm] = runs.own_rate(config, arm)
             continue
-        scores = runs.trial_scores(config, folder, arm)
-        wanted = rates.wanted(scores, config.rates.trials, config.rates.max_trials)
+        scores = fixed.trials[arm] if fixed else runs.trial_scores(config, folder, arm)
+        wanted = [] if fixed else rates.wanted(scores, config.rates.trials, config.rates.max_trials)
         trials += [(trial, run) for trial in {*scores, *wanted} for run in runs.trial_runs(config, arm, trial)]
-        if not wanted:
+        if fixed:
+            learning_rates[arm] = fixed.learning_rates[arm]
+        elif not wanted:
             learning_rates[arm] = runs.trial_rate(config, arm, rates.chosen(scores, config.rates.tolerance))
     # One trial of every arm after the other, so that processes side by side do not compile the same program.
     steps += [_train(config, folder, run) for _, run in sorted(trials, key=lambda found: found[0])]
@@ -93,6 +60,8 @@ def _train(config: Any, folder: Path, run: runs.Run, needs: tuple[str, ...] = ()
 
 
 def _fix(config: Any, folder: Path, learning_rates: dict[str, float]) -> None:
+    if protocol.read(folder):  # the process that fixed it ended before it could say so
+        return
     trials = {arm: runs.trial_scores(config, folder, arm) for arm in config.arms if config.rates.trials >= 2}
     cases = {cohort: cohorts.test_cases(config, folder, cohort) for cohort in cohorts.NAMES}
     content = protocol.content(config.to_dict(), trials, learning_rates, cases, runs.left_out(config))
@@ -109,7 +78,7 @@ def _test(config: Any, folder: Path, final: list[runs.Run], needs: tuple[str, ..
         flags, action = cohorts.prediction(config, folder, cohort, data)
 
         def prepare() -> None:
-            _touch(folder)
+            _touch(config, folder)
             action()
 
         argv = launcher("predict", f"model={model}", f"output={where}", *flags, *_prediction_flags(config))
@@ -119,7 +88,7 @@ def _test(config: Any, folder: Path, final: list[runs.Run], needs: tuple[str, ..
     for data in (runs.CLEAN, *runs.faulty_data(config)):
         used = runs.replicates(config)[: config.ablation.replicates if data else None]
         prefix, group = (f"{data}.", "ablations") if data else ("", "main")
-        for init in sorted({seeds.init for seeds in used}):
+        for init in sorted({runs.zero_shot_init(config, seeds) for seeds in used}):
             base = runs.pretrained(config, init, data)
             model = config.pretrain.init_from or str(folder / "runs" / base)
             for cohort in cohorts.NAMES:
@@ -137,8 +106,9 @@ def _test(config: Any, folder: Path, final: list[runs.Run], needs: tuple[str, ..
     return [*predictions, *evaluations, result]
 
 
-def _touch(folder: Path) -> None:
-    atomic.write_json(folder / protocol.TEST_FILE, protocol.touch(folder))
+def _touch(config: Any, folder: Path) -> None:
+    cases = {cohort: cohorts.test_cases(config, folder, cohort) for cohort in cohorts.NAMES}
+    atomic.write_json(folder / protocol.TEST_FILE, protocol.touch(folder, cases))
 
 
 def _prediction_flags(config: Any) -> list[str]:

@@ -100,7 +100,8 @@ def _sections(config: Any, folder: Path, fixed: dict[str, Any]) -> tuple[list[Se
     """The report's sections, every estimate in them by a name, and the sentence on the drop."""
     source, target = _table(folder, "main", "source"), _table(folder, "main")
     named = {"source test, pre-trained": results.scores(source, runs.ZERO_SHOT)}
-    named |= {f"target test, {arm}": results.scores(target, arm) for arm in target.arms}
+    named |= {f"target test, {arm}": results.scores(target, arm, _levels(config, arm))
+              for arm in target.arms}  # fmt: skip
     estimates = {f"{row}, {column}": value for row, found in named.items() for column, value in found.items()}
     zero = estimates[f"target test, {runs.ZERO_SHOT}, mean dice"]
     drop = results.apart(*(results.mean_dice(table, runs.ZERO_SHOT) for table in (source, target)))
@@ -117,7 +118,7 @@ def _sections(config: Any, folder: Path, fixed: dict[str, Any]) -> tuple[list[Se
         Section("Paired differences", "Of mean Dice over the regions. Intervals: 95% bootstrap over cases and "
                 "repetitions, arms paired by both. p: Wilcoxon signed-rank over cases, repetitions averaged; Holm over "
                 "the rows of this table.", *report.difference_rows(differences)),
-        _cost_section(costs, target, zero),
+        _cost_section(config, costs, target, zero),
         Section("Learning curves", "Training loss, mean over repetitions.",
                 picture=figures.learning_curves({arm: _curve(config, folder, arm) for arm in config.arms})),
     ]  # fmt: skip
@@ -130,16 +131,21 @@ def _sections(config: Any, folder: Path, fixed: dict[str, Any]) -> tuple[list[Se
     return sections, estimates, said
 
 
+def _levels(config: Any, arm: str) -> list[tuple[int, int]] | None:
+    """Of the repetitions of an arm; the network without adaptation has one per set of initial weights."""
+    return None if arm == runs.ZERO_SHOT else runs.levels(config)
+
+
 def _differences(config: Any, target: Table) -> list[results.Difference]:
     """Every arm against full fine-tuning, and against no adaptation of the network that it started from."""
     pairs = {}
     if "full" in config.arms:
         pairs = {(arm, "full"): (results.mean_dice(target, arm), results.mean_dice(target, "full"))
                  for arm in config.arms if arm != "full"}  # fmt: skip
-    inits = [str(seeds.init) for seeds in runs.replicates(config)]
-    zero = results.mean_dice(target, runs.ZERO_SHOT, inits)
+    seeds = [str(runs.zero_shot_init(config, repetition)) for repetition in runs.replicates(config)]
+    zero = results.mean_dice(target, runs.ZERO_SHOT, seeds)
     pairs |= {(arm, runs.ZERO_SHOT): (results.mean_dice(target, arm), zero) for arm in config.arms}
-    return results.differences(pairs)
+    return results.differences(pairs, runs.levels(config))
 
 
 def _cost(config: Any, folder: Path, arm: str) -> dict[str, Any]:
@@ -166,7 +172,9 @@ def _cost(config: Any, folder: Path, arm: str) -> dict[str, Any]:
     }
 
 
-def _cost_section(costs: dict[str, dict[str, Any]], target: Table, zero: results.Estimate) -> Section:
+def _cost_section(
+    config: Any, costs: dict[str, dict[str, Any]], target: Table, zero: results.Estimate
+) -> Section:
     header = ["arm", "trained parameters", "GFLOP per step", "of full", "seconds per step", "step memory (MiB)",
               "seconds per run", "file (kB)"]  # fmt: skip
     reference = costs.get("full", next(iter(costs.values())))["step_flops"]
@@ -177,7 +185,8 @@ def _cost_section(costs: dict[str, dict[str, Any]], target: Table, zero: results
          f"{c['seconds']:.0f}", f"{c['file_bytes'] / 1e3:,.0f}"]
         for arm, c in costs.items()
     ]  # fmt: skip
-    points = {arm: (c["step_flops"] * c["steps"], c["trainable"], results.estimate(results.mean_dice(target, arm)))
+    points = {arm: (c["step_flops"] * c["steps"], c["trainable"],
+                    results.estimate(results.mean_dice(target, arm), runs.levels(config)))
               for arm, c in costs.items()}  # fmt: skip
     text = ("Arithmetic is counted; times and memory are medians over repetitions on this machine (on a CPU the "
             "compiled step's temporaries), other work on it included; the seconds of an interrupted run are "
@@ -202,7 +211,8 @@ def _few_shot(config: Any, folder: Path, source: Table, target: Table) -> tuple[
     names = {size: {arm: f"{arm}_n{size}" for arm in arms} for size in sizes}
     own = config.max_train_cases or len(study_cohorts.training_cases(config, folder))
     sizes[own], names[own] = target, {arm: arm for arm in arms}
-    curve = results.few_shot(sizes, names)
+    levels = {size: runs.levels(config) if size == own else None for size in sizes}  # the others differ in every seed
+    curve = results.few_shot(sizes, names, levels)
     zero = results.estimate(results.mean_dice(target, runs.ZERO_SHOT))
     header = ["arm", *(f"{size} case{'s' * (size > 1)}" for size in sorted(sizes))]
     rows = [[arm, *(report.with_interval(points[size]) for size in sorted(points))] for arm, points in curve.items()]

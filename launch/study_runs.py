@@ -18,6 +18,7 @@ FAULTY_DATA = {"permuted_channels": "permuted", "squeezed": "squeezed", "joint_n
 PRETRAINED_AGAIN = ("squeezed", "joint")  # faults that pre-training has too
 FAULTS = (*FAULTY_DATA, "selection_by_label1", "legacy_adapters", "resumed_full")
 LEGACY_ARMS = ("paper_sequential", "paper_parallel")
+TRIALS = "trials/"  # in front of the names of runs that try a learning rate
 FIRST_TUNING_SEED = 1000  # of tuning subsets: no replicate uses it
 
 
@@ -67,6 +68,16 @@ def replicates(config: Any, cases: int | None = None) -> list[Seeds]:
                 for shift in range(len(pairs)) for i, subset in enumerate(subsets)]  # fmt: skip
     count = max(len(subsets), len(pairs))
     return [Seeds(subsets[r % len(subsets)], *pairs[r % len(pairs)]) for r in range(count)]
+
+
+def zero_shot_init(config: Any, seeds: Seeds) -> int:
+    """The init seed by which the network is known that a repetition starts from: given weights are one network."""
+    return replicates(config)[0].init if config.pretrain.init_from else seeds.init
+
+
+def levels(config: Any) -> list[tuple[int, int]] | None:
+    """Subset and initial weights of every repetition, if seeds are crossed; None if no two share their subset."""
+    return [(seeds.subset, seeds.init) for seeds in replicates(config)] if config.crossed else None
 
 
 def few_shot_arms(config: Any) -> list[str]:
@@ -164,7 +175,7 @@ def trial_runs(config: Any, arm_name: str, trial: int) -> list[Run]:
     extra = (f"optim.peak_lr={rate}", "max_bad_steps=1000000000", *config.rates.overrides)
     inits = [seeds.init for seeds in replicates(config)]
     return [
-        arm(config, f"trials/{arm_name}@{trial}@{i}", arm_name,
+        arm(config, f"{TRIALS}{arm_name}@{trial}@{i}", arm_name,
             Seeds(FIRST_TUNING_SEED + i, inits[i % len(inits)], FIRST_TUNING_SEED + i), extra)
         for i in range(config.rates.subsets)
     ]  # fmt: skip

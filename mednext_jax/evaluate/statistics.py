@@ -6,7 +6,7 @@ this many pairs can give at all.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +17,9 @@ RESAMPLES = 5000
 TIE = 1e-9  # differences up to this count as equal
 MOST_EXACT = 50  # differences; the number of their sign patterns is still a whole float64
 NAN = float("nan")
+
+Levels = Sequence[Sequence[Hashable]]
+"""What each seed (row) shares with others, one entry per factor: ((subset, initial weights), ...)."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,18 @@ class Comparison:
     p_holm: float = NAN
 
 
-def describe(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Description:
+def describe(
+    values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, levels: Levels | None = None
+) -> Description:
     """Describes (cases,) or (seeds, cases) values; a case's value is its mean over seeds.
 
-    A case undefined in every seed is left out. With one case or none, sd and interval are NaN.
+    ``levels`` as in :func:`resampled_means`. A case undefined in every seed is left out. With one case or none, sd and
+    interval are NaN.
     """
     values = np.atleast_2d(np.asarray(values, float))
     cases = mean(values, axis=0)
     kept = cases[~np.isnan(cases)]
-    low, high = bootstrap_mean(values[:, ~np.isnan(cases)], seed, resamples)
+    low, high = bootstrap_mean(values[:, ~np.isnan(cases)], seed, resamples, levels)
     quartiles = np.percentile(kept, (50, 25, 75, 0, 100)) if kept.size else [NAN] * 5
     return Description(
         n=kept.size,
@@ -93,11 +99,14 @@ def describe(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> D
     )
 
 
-def bootstrap_mean(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
+def bootstrap_mean(
+    values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, levels: Levels | None = None
+) -> tuple[float, float]:
     """95% interval of the mean of (seeds, cases) values by a hierarchical bootstrap.
 
     Seeds and cases are crossed (every seed saw the same cases), so each resample draws seeds and cases
     independently, both with replacement. With one seed it is the ordinary bootstrap over cases.
+    ``levels`` as in :func:`resampled_means`.
 
     Returns:
       (low, high); (NaN, NaN) for fewer than two cases.
@@ -105,7 +114,7 @@ def bootstrap_mean(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
     values = np.atleast_2d(np.asarray(values, float))
     if values.shape[1] < 2:
         return NAN, NAN
-    return interval(resampled_means(values, (seed, 1), seed, resamples))
+    return interval(resampled_means(values, (seed, 1), seed, resamples, levels))
 
 
 def compare(
@@ -115,11 +124,13 @@ def compare(
     seed: int = 0,
     resamples: int = RESAMPLES,
     paired_seeds: bool = False,
+    levels: Levels | None = None,
 ) -> Comparison:
     """Compares (cases,) or (seeds, cases) values of two arms; column i of both is the same case.
 
     The arms may have different numbers of seeds. With ``paired_seeds``, row i of both is the same repetition (the
-    same training cases, say), and every resample draws the same repetitions for both.
+    same training cases, say), and every resample draws the same repetitions for both; ``levels`` are those of both,
+    as in :func:`resampled_means`.
     """
     first, second = (np.atleast_2d(np.asarray(v, float)) for v in (first, second))
     if first.shape[1] != second.shape[1]:
@@ -133,7 +144,8 @@ def compare(
     if both.sum() > 1:  # every resample draws the same cases for both arms, and each arm's own seeds
         keys = (1, 1 if paired_seeds else 2)
         sides = [
-            resampled_means(v[:, both], (seed, i), seed, resamples) for i, v in zip(keys, (first, second), strict=True)
+            resampled_means(v[:, both], (seed, i), seed, resamples, levels)
+            for i, v in zip(keys, (first, second), strict=True)
         ]
         low, high = interval(sides[0] - sides[1])
     better = difference if higher_is_better else -difference
@@ -200,12 +212,26 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def resampled_means(values: np.ndarray, seed_key, case_key, resamples: int) -> np.ndarray:
-    """(resamples,) means of (seeds, cases) values, drawn as counts of how often each seed and case came."""
-    seeds, cases = (_draws(n, k, resamples) for n, k in zip(values.shape, (seed_key, case_key), strict=True))
+def resampled_means(
+    values: np.ndarray,
+    seed_key: tuple[int, ...],
+    case_key: int | tuple[int, ...],
+    resamples: int,
+    levels: Levels | None = None,
+) -> np.ndarray:
+    """(resamples,) means of (seeds, cases) values, drawn as counts of how often each seed and case came.
+
+    Args:
+      levels: of every seed, if seeds cross several factors (each training subset with each set of initial weights,
+        say). The levels of each factor are then drawn, and a seed comes as often as the product of its levels' counts:
+        drawn by themselves, fifteen seeds of five subsets would pass for fifteen subsets. None: no two seeds share
+        anything.
+    """
+    seeds = _draws(len(values), seed_key, resamples) if levels is None else _crossed(levels, seed_key, resamples)
+    cases = _draws(values.shape[1], case_key, resamples)
     defined = ~np.isnan(values)
     total = ((np.where(defined, values, 0.0) @ cases) * seeds).sum(axis=0)
-    if defined.all():
+    if defined.all() and levels is None:
         return total / values.size
     count = ((defined.astype(float) @ cases) * seeds).sum(axis=0)
     return np.divide(total, count, out=np.full(resamples, NAN), where=count > 0)
@@ -216,6 +242,16 @@ def _draws(n: int, key, resamples: int) -> np.ndarray:
     """(n, resamples) how often each of n things is drawn in n draws with replacement; seeded by `key`."""
     draws = np.random.default_rng(key).multinomial(n, np.full(n, 1 / max(n, 1)), size=resamples)
     return np.ascontiguousarray(draws.T, float)
+
+
+def _crossed(levels: Levels, key: tuple[int, ...], resamples: int) -> np.ndarray:
+    """(seeds, resamples) how often each seed comes if the levels of its factors are drawn."""
+    counts = np.ones((len(levels), resamples))
+    for number, factor in enumerate(zip(*levels, strict=True)):
+        known = list(dict.fromkeys(factor))
+        drawn = _draws(len(known), (*key, number), resamples)
+        counts *= drawn[[known.index(level) for level in factor]]
+    return counts
 
 
 def interval(means: np.ndarray) -> tuple[float, float]:

@@ -64,6 +64,23 @@ class PostProcess:
         return remove_small_regions(labels, self.min_total_mm3, voxel_mm3, regions)
 
 
+def by_region(name: str, items: Sequence[str], regions: Sequence[str]) -> dict[str, float]:
+    """Reads ``["0.5"]`` (for all) or ``["WT:0.5", "ET:0.7"]`` as {region: number}.
+
+    Raises: ValueError that begins with ``name=``, for anything else.
+    """
+    pairs = [item.rpartition(":") for item in items]
+    try:
+        if len(pairs) == 1 and not pairs[0][1]:
+            return dict.fromkeys(regions, float(pairs[0][2]))
+        if not all(separator for _, separator, _ in pairs):
+            raise ValueError
+        return {region.strip(): float(value) for region, _, value in pairs}
+    except ValueError:
+        example = ",".join(f"{region}:0.5" for region in regions)
+        raise ValueError(f"{name}={','.join(items)}: give one number, or one per region like {example}") from None
+
+
 def regions_to_labels(
     probabilities: np.ndarray, thresholds: Mapping[str, float] | float, regions: Regions
 ) -> np.ndarray:

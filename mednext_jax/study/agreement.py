@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-SLACK = 1e-6  # of an interval without width, such as that of a change that is exactly none
+SLACK = 1e-6
+SLACK_WITHOUT_WIDTH = 1e-3  # of an interval such as that of a change that was exactly none
 
 Estimates = Mapping[str, Mapping[str, Any]]  # name -> mean, low, high as in results.json, None if undefined
 
@@ -20,7 +21,8 @@ def disagreements(published: Estimates, found: Estimates) -> list[str]:
         new = _number(found[name]["mean"])
         if math.isnan(low):
             low, high = mean - abs(mean) / 100, mean + abs(mean) / 100
-        if math.isnan(mean) != math.isnan(new) or new < low - SLACK or new > high + SLACK:
+        slack = SLACK if high > low else SLACK_WITHOUT_WIDTH
+        if math.isnan(mean) != math.isnan(new) or new < low - slack or new > high + slack:
             lines.append(f"{name}: {new:.4g}, published {mean:.4g} [{low:.4g}, {high:.4g}]")
     return lines
 

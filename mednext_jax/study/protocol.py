@@ -7,7 +7,9 @@ fixed goes on with that config and no other.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,12 +44,37 @@ def content(
     """
     fixed = {
         "config": json.loads(json.dumps(config)),
-        "trials": {arm: {str(k): score for k, score in sorted(scores.items())} for arm, scores in trials.items()},
+        "trials": {arm: {str(k): None if math.isnan(score) else score for k, score in sorted(scores.items())}
+                   for arm, scores in trials.items()},
         "learning_rates": dict(learning_rates),
         "test_cases": {cohort: sorted(cases) for cohort, cases in test_cases.items()},
         "left_out": list(left_out),
     }
     return {**fixed, "sha256": fingerprint(fixed), "fixed_at": _now()}
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What a protocol says of the runs: arm -> trial -> validation score, arm -> rate, cohort -> test cases."""
+
+    trials: dict[str, dict[int, float]]
+    learning_rates: dict[str, float]
+    test_cases: dict[str, list[str]]
+
+
+def read(folder: Path) -> Fixed | None:
+    """The protocol of the study in ``folder``; None as long as there is none."""
+    file = folder / PROTOCOL_FILE
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text())
+    return Fixed(tried(found), found["learning_rates"], found["test_cases"])
+
+
+def tried(fixed: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """Arm -> trial -> validation score, from the content of a protocol; NaN of a trial that had none."""
+    return {arm: {int(k): math.nan if score is None else score for k, score in scores.items()}
+            for arm, scores in fixed["trials"].items()}  # fmt: skip
 
 
 def check(folder: Path, config: Mapping[str, Any]) -> None:
@@ -67,12 +94,19 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def touch(folder: Path) -> dict[str, Any]:
+def touch(folder: Path, test_cases: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The record that the test cases are used under the protocol in ``folder``, made at the first call.
 
-    Raises: ValueError if they were used under another protocol.
+    Args:
+      test_cases: cohort -> ids of those that are there now.
+
+    Raises: ValueError if they are others than the protocol's, or were used under another protocol.
     """
     fixed = json.loads((folder / PROTOCOL_FILE).read_text())
+    for cohort, cases in test_cases.items():
+        if changed := sorted(set(cases) ^ set(fixed["test_cases"][cohort])):
+            raise ValueError(f"the {cohort}'s test cases are not those of the protocol in {folder} ({changed[0]} and "
+                             f"{len(changed) - 1} more): restore the splits of its store or use a new --workdir")
     file = folder / TEST_FILE
     if not file.is_file():
         return {"protocol": fixed["sha256"], "first_touched_at": _now()}
@@ -84,9 +118,11 @@ def touch(folder: Path) -> dict[str, Any]:
 
 def deviations(fixed: Mapping[str, Any]) -> list[str]:
     """In which points a study falls short of the protocol it should have; one sentence each."""
-    config, found = fixed["config"], list(fixed["left_out"])
-    trials = {arm: {int(k): score for k, score in scores.items()} for arm, scores in fixed["trials"].items()}
-    if config["rates"]["trials"] < 3:
+    config, trials, found = fixed["config"], tried(fixed), list(fixed["left_out"])
+    if given := config["pretrain"]["init_from"]:
+        found.append(f"One given network, {given}, instead of one pre-training per init seed: whether it has seen "
+                     "cases that are tested here is not known, and the intervals leave out the chance of its training.")
+    if config["rates"]["trials"] < 2:
         found.append("Learning rates were not chosen by trials: every arm used its config file's own.")
     else:
         edge = [arm for arm, scores in trials.items() if not rates.is_interior(scores)]
@@ -106,6 +142,10 @@ def deviations(fixed: Mapping[str, Any]) -> list[str]:
                          f"leave out the chance of which cases those are{too}.")
         elif len(config[field]) < least:
             found.append(f"{len(config[field])} value(s) of {field}; {least} are wanted.")
+    for part, asked in (("few_shot", config["few_shot"]["sizes"]), ("ablation", config["ablations"])):
+        if asked and (count := config[part]["replicates"]) < 3:
+            found.append(f"{count} repetition(s) of the {'few-shot curve' if part == 'few_shot' else 'ablations'}: "
+                         "their intervals hold the chance of the cases more than that of the seeds.")
     if not config["crossed"] and config["max_train_cases"] and len(config["subset_seeds"]) > 1:
         found.append("Seeds are not crossed: a replicate changes subset, initial weights and order together, so "
                      "their shares of the variance are not told apart.")  # fmt: skip

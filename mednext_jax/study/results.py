@@ -27,17 +27,17 @@ class Estimate:
     seeds: int
 
 
-def estimate(values: np.ndarray) -> Estimate:
-    """Of (seeds, cases) values."""
-    found = statistics.describe(values)
+def estimate(values: np.ndarray, levels: statistics.Levels | None = None) -> Estimate:
+    """Of (seeds, cases) values; ``levels`` of the seeds, if they are crossed."""
+    found = statistics.describe(values, levels=levels)
     return Estimate(found.mean, found.low, found.high, found.n, found.n_seeds)
 
 
-def scores(table: Table, arm: str) -> dict[str, Estimate]:
+def scores(table: Table, arm: str, levels: statistics.Levels | None = None) -> dict[str, Estimate]:
     """The paper's columns and lesion-wise ones: {"WT dice": ..., "mean sensitivity": ...}."""
     known = [(region, metric) for region, metric in HEADLINE
              if metric in table.metrics and region in (*table.regions, MEAN_REGION)]
-    return {f"{region} {metric}": estimate(table.matrix(arm, region, metric)) for region, metric in known}
+    return {f"{region} {metric}": estimate(table.matrix(arm, region, metric), levels) for region, metric in known}
 
 
 def mean_dice(table: Table, arm: str, seeds: Sequence[str] | None = None) -> np.ndarray:
@@ -74,13 +74,16 @@ class Difference:
     p_holm: float
 
 
-def differences(pairs: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]]) -> list[Difference]:
+def differences(
+    pairs: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]], levels: statistics.Levels | None = None
+) -> list[Difference]:
     """Compares pairs of arms; together they are one Holm family.
 
     Args:
       pairs: (first, second) -> (repetitions, cases) values of both, row by row of the same repetition.
+      levels: of the repetitions, if their seeds are crossed.
     """
-    found = {names: statistics.compare(*values, paired_seeds=True) for names, values in pairs.items()}
+    found = {names: statistics.compare(*values, paired_seeds=True, levels=levels) for names, values in pairs.items()}
     adjusted = statistics.holm([c.p for c in found.values()])
     return [
         Difference(*names, Estimate(c.mean_difference, c.low, c.high, c.n, c.n_seeds[0]), c.wins, c.ties, c.losses,
@@ -185,15 +188,20 @@ def _paired(fault: str, faulty: Setting, clean: Setting, names: Sequence[str]) -
     return [tuple(mean_dice(table, arm, shared) for table, arm in pair) for pair in pairs]
 
 
-def few_shot(tables: Mapping[int, Table], arms: Mapping[int, Mapping[str, str]]) -> dict[str, dict[int, Estimate]]:
+def few_shot(
+    tables: Mapping[int, Table],
+    arms: Mapping[int, Mapping[str, str]],
+    levels: Mapping[int, statistics.Levels | None],
+) -> dict[str, dict[int, Estimate]]:
     """The curve of every arm over the number of training cases.
 
     Args:
       tables: size -> table with its runs.
       arms: size -> arm -> its name in that table.
+      levels: size -> those of its seeds, None where they are not crossed.
     """
     curve: dict[str, dict[int, Estimate]] = {}
     for size in sorted(tables):
         for arm, name in arms[size].items():
-            curve.setdefault(arm, {})[size] = estimate(mean_dice(tables[size], name))
+            curve.setdefault(arm, {})[size] = estimate(mean_dice(tables[size], name), levels[size])
     return curve

@@ -47,6 +47,44 @@ def test_interval_over_seeds_is_wider_when_seeds_differ():
     )  # seeds that agree add nothing
 
 
+CROSSED = [(subset, init) for init in range(3) for subset in range(5)]
+
+
+def test_seeds_that_differ_by_their_subset_alone_have_the_interval_of_the_subsets():
+    cases, of_subset = 0.3 * np.random.default_rng(1).random(20), np.array([-0.3, -0.1, 0.0, 0.15, 0.25])
+    rows = np.stack([cases + of_subset[subset] for subset, _ in CROSSED])
+    once = np.stack([cases + of_subset[subset] for subset in range(5)])
+    np.testing.assert_allclose(
+        statistics.bootstrap_mean(rows, levels=CROSSED), statistics.bootstrap_mean(once), atol=0.015
+    )
+    assert np.ptp(statistics.bootstrap_mean(rows, levels=CROSSED)) > 1.3 * np.ptp(statistics.bootstrap_mean(rows))
+    paired = statistics.compare(rows, np.zeros_like(rows), paired_seeds=True, levels=CROSSED)
+    assert (paired.low, paired.high) == statistics.bootstrap_mean(rows, levels=CROSSED)
+
+
+def test_crossed_seeds_with_an_undefined_value_are_weighted_by_hand():
+    values = np.array([[0.2, 0.8], [0.4, np.nan]])  # both of one subset, with other initial weights
+    found = statistics.resampled_means(values, (0, 1), 0, 50, [("a", 0), ("a", 1)])
+    inits = statistics._draws(2, (0, 1, 1), 50)
+    cases = statistics._draws(2, 0, 50)
+    for i, mean in enumerate(found):
+        weights = np.outer(inits[:, i], cases[:, i]) * ~np.isnan(values)
+        expected = np.nansum(weights * np.nan_to_num(values)) / weights.sum() if weights.sum() else np.nan
+        assert mean == pytest.approx(expected, nan_ok=True)
+
+
+def test_intervals_over_crossed_seeds_hold_the_truth_about_as_often_as_they_should():
+    rng, hits, as_if_fifteen = np.random.default_rng(0), 0, 0
+    for _ in range(150):  # studies of an effect that is zero: 5 subsets, 3 sets of initial weights, 20 cases
+        subsets, inits = rng.normal(0, 0.02, 5), rng.normal(0, 0.01, 3)
+        rows = np.stack([subsets[s] + inits[i] + rng.normal(0, 0.02, 20) for s, i in CROSSED])
+        low, high = statistics.bootstrap_mean(rows, resamples=500, levels=CROSSED)
+        hits += low <= 0 <= high
+        low, high = statistics.bootstrap_mean(rows, resamples=500)
+        as_if_fifteen += low <= 0 <= high
+    assert hits >= 0.82 * 150 and as_if_fifteen < hits - 10  # few levels are too few for 95 %
+
+
 def test_comparison_counts_wins_by_the_direction_of_the_metric():
     first, second = np.array([0.5, 0.7, 0.9, 0.4]), np.array([0.4, 0.7, 0.5, 0.6])
     up, down = statistics.compare(first, second), statistics.compare(first, second, higher_is_better=False)

@@ -17,6 +17,10 @@ CASES = 14
 # An adapter instead of the arm that cannot learn: its weights would be right whatever became of its run.
 ARMS = "full,again,conv_adapter"
 SAVE_EVERY = 10
+# Learning rates chosen by trials and a fault of the data, which the toy study does without.
+WHOLE = ("--config.rates.trials=3", "--config.rates.max_trials=4", "--config.rates.overrides=('eval.every=60',)",
+         "--config.ablations=permuted_channels", "--config.ablation.arms=full,conv_adapter",
+         "--config.ablation.replicates=1")  # fmt: skip
 OFTEN = (f"checkpoint_every={SAVE_EVERY}", "log_every=1")  # so that a killed run goes on in its middle
 UNHURT = 4  # last steps of the plan, that are left to two processes side by side
 SECONDS = 900.0  # longest life of a study
@@ -50,7 +54,7 @@ def study_flags(folder: Path) -> tuple[str, ...]:
     roots = (f"--config.{name}.root={cohorts.write_cohort(folder / name, CASES, name == 'target')}"
              for name in ("source", "target"))  # fmt: skip
     return (
-        f"--config={toy.__file__}", f"--config.arms={ARMS}", f"--config.overrides={(*c.overrides, *OFTEN)}",
+        f"--config={toy.__file__}", *WHOLE, f"--config.arms={ARMS}", f"--config.overrides={(*c.overrides, *OFTEN)}",
         f"--config.pretrain.overrides={(*c.pretrain.overrides, *OFTEN)}", *roots,
     )  # fmt: skip
 

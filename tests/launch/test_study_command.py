@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 
 import study  # noqa: E402
+import study_check  # noqa: E402
 import study_cohorts  # noqa: E402
 import study_cost  # noqa: E402
 import study_plan  # noqa: E402
@@ -24,11 +25,13 @@ import study_steps  # noqa: E402
 from study_worker import Worker  # noqa: E402
 
 from configs import study as study_config  # noqa: E402
-from data_pipeline import preprocess  # noqa: E402
+from data_pipeline import atomic, preprocess  # noqa: E402
+from data_pipeline.cohorts import scan  # noqa: E402
 from mednext_jax import modeldir  # noqa: E402
 from mednext_jax.nn.mednext import MedNeXt  # noqa: E402
 from mednext_jax.nn.paths import unflatten  # noqa: E402
 from mednext_jax.peft.attach import draw  # noqa: E402
+from mednext_jax.study import protocol  # noqa: E402
 from mednext_jax.train.network import described  # noqa: E402
 from tests.study.cohorts import write_cohort  # noqa: E402
 
@@ -117,7 +120,7 @@ def test_the_few_shot_curve_trains_on_its_numbers_of_cases(tmp_path):
 def test_more_training_cases_than_there_are_is_told_before_anything_is_trained(tmp_path):
     config = study_config.get_config("demo")
     config.target.store = str(tmp_path / "store")
-    preprocess.preprocess(write_cohort(tmp_path / "raw", 5, True), config.target.store)
+    preprocess.preprocess(write_cohort(tmp_path / "raw", 6, True), config.target.store, test_fraction=0.2)
     there = len(study_cohorts.training_cases(config, tmp_path))
     config.max_train_cases = there + 1
     said = f"config.max_train_cases asks for {there + 1} training cases, .*store has {there}"
@@ -132,10 +135,10 @@ def test_what_training_would_refuse_is_told_before_a_protocol_binds_the_study(tm
     config = study_config.get_config("demo")
     config.overrides = ("optim.total_steps=10",)
     with pytest.raises(ValueError, match=r"run scratch@0 could not be trained: config.optim.warmup_steps is 10"):
-        study_plan.check(config, tmp_path)
+        study_check.check(config, tmp_path)
     config.overrides = ("optim.total_step=10",)
     with pytest.raises(ValueError, match=r"could not be trained: .*total_step"):
-        study_plan.check_config(config)
+        study_check.check_config(config)
 
 
 def test_a_given_store_without_test_cases_is_told_with_its_remedy(tmp_path):
@@ -143,7 +146,7 @@ def test_a_given_store_without_test_cases_is_told_with_its_remedy(tmp_path):
     config.target.store = str(tmp_path / "store")
     preprocess.preprocess(write_cohort(tmp_path / "raw", 5, True), config.target.store)
     with pytest.raises(ValueError, match=r"store has no test cases; make the store .*preprocess.py --test_fraction"):
-        study_plan.check_config(config)
+        study_check.check_config(config)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +176,113 @@ def given_weights(folder: Path, n_channels: int) -> str:
     return str(folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    (
+        ("arms", ("full", "full"), "config.arms has 'full' more than once"),
+        ("arms", (), "config.arms names no arm"),
+        ("ablation.arms", ("full",), "config.ablation.arms must name two arms"),
+        ("subset_seeds", (0, 0), "config.subset_seeds has 0 more than once"),
+        ("order_seeds", (0, 1, 2, 3), "config.order_seeds has 4 values, config.init_seeds 3"),
+        ("init_seeds", (), "config.init_seeds needs a value"),
+        ("rates.subsets", 0, "config.rates.subsets is 0; it must be at least 1"),
+        ("rates.max_trials", 2, "config.rates.max_trials is 2, smaller than the first grid"),
+        ("rates.factor", 1.0, "config.rates.factor is 1.0; it must be greater than 1"),
+        ("rates.overrides", (), "run trials/.* could not be trained: no validation would judge it"),
+        ("few_shot.sizes", (5, 5), "config.few_shot.sizes has 5 more than once"),
+        ("few_shot.sizes", (0,), "config.few_shot.sizes has 0"),
+        ("ablation.replicates", 0, "config.ablation.replicates is 0"),
+        ("predict.overlap", 1.5, "config.predict.overlap is 1.5"),
+        ("predict.thresholds", ("x",), "config.predict.thresholds=x: give one number, or one per region"),
+        ("predict.min_component_mm3", ("TUMOUR:5",), "names the region 'TUMOUR'; known: WT"),
+        ("pretrain.overrides", ("model.n_channels=16",), "scratch would train .* n_channels 8, pre-training has 16"),
+        ("target.test_fraction", 0.0, "config.target.test_fraction is 0.0; a part is to be tested on"),
+        ("source.val_fraction", 0.9, "config.source.val_fraction is 0.9; .* must leave cases for training"),
+        ("source.root", "absent", "config.source.root=absent is no folder"),
+        ("target.splits", "absent", "config.target.splits=absent is no file"),
+    ),
+)  # fmt: skip
+def test_what_no_study_can_have_is_told_before_anything_runs(tmp_path, monkeypatch, field, value, said):
+    config = study_config.get_config("simulated")
+    config.update_from_flattened_dict({field: value})
+    # Whether every run could be trained takes a second, and has tests of its own.
+    if field not in ("rates.overrides",):
+        monkeypatch.setattr(study_cost, "check_runs", lambda config: None)
+    with pytest.raises(ValueError, match=said):
+        study_check.check(config, tmp_path)
+
+
+def test_one_folder_as_source_and_target_is_refused(tmp_path):
+    config = study_config.get_config("demo")
+    config.source.root, config.target.root = str(tmp_path), f"{tmp_path}/../{tmp_path.name}"
+    with pytest.raises(ValueError, match="source and target are both"):
+        study_check.check(config, tmp_path / "study")
+
+
+def test_a_rule_of_post_processing_may_be_a_number(tmp_path):
+    config = study_config.get_config("demo")
+    config.predict.min_component_mm3 = (50,)  # what --config.predict.min_component_mm3=50 gives
+    study_check.split_names(config)
+    study_check.check(config, tmp_path)
+    assert "--min_component_mm3=50" in plan(config, tmp_path)["predict_target_full@0"].argv
+
+
+def protocol_of(config, folder: Path, rates: dict, trials: dict) -> None:
+    content = protocol.content(config.to_dict(), trials, rates, {"source": ["a"], "target": ["b"]}, ())
+    atomic.write_json(folder / protocol.PROTOCOL_FILE, content)
+
+
+def test_the_protocol_decides_the_learning_rates_whatever_became_of_the_trials(tmp_path):
+    config = study_config.get_config("simulated")
+    config.arms, config.ablations, config.few_shot.sizes = ("full", "lora"), (), ()
+    fixed = {"full": 0.004, "lora": 0.03}
+    protocol_of(config, tmp_path, fixed, {arm: {-1: 0.1, 0: 0.2, 1: 0.1} for arm in fixed})
+    for trial, score in ((-1, 0.9), (0, 0.1), (1, 0.1)):  # of full alone, and they say something else
+        for one in study_runs.trial_runs(config, "full", trial):
+            finish(tmp_path, one, score)
+    steps = plan(config, tmp_path)
+    for arm, rate in fixed.items():
+        assert f"--config.optim.peak_lr={rate}" in steps[f"train_{arm}@0"].argv
+    assert {name for name in steps if "lora@2" in name and "trials" in name} == set()
+    assert steps["result"]
+
+
+def test_another_config_than_the_protocols_is_refused_while_the_study_runs_too(tmp_path):
+    config = study_config.get_config("demo")
+    protocol_of(config, tmp_path, dict.fromkeys(config.arms, 1e-3), {})
+    config.arms = ("full",)
+    with pytest.raises(ValueError, match=r"fixed with another config\.arms"):
+        study_plan.plan(config, tmp_path)
+
+
+def test_a_given_network_is_tested_once_and_stands_beside_every_repetition(tmp_path):
+    config = study_config.get_config("simulated")
+    config.pretrain.init_from, config.rates.trials, config.few_shot.sizes = given_weights(tmp_path / "given", 8), 1, ()
+    names = plan(config, tmp_path)
+    assert [name for name in names if "predict_target_zero_shot" in name] == ["predict_target_zero_shot@0"]
+    assert {study_runs.zero_shot_init(config, seeds) for seeds in study_runs.replicates(config)} == {0}
+
+
+def test_processes_that_link_the_same_test_cases_at_once_do_not_disturb_each_other(tmp_path):
+    raw = write_cohort(tmp_path / "raw", 3, True)
+    ids = [case.case_id for case in scan(raw)]
+    target = tmp_path / "links"
+    for _ in range(2):
+        study_cohorts._link(raw, ids, target)
+    assert sorted(path.name for path in target.iterdir()) == sorted(ids)
+    assert all(file.resolve().is_file() for file in target.rglob("*.nii.gz"))
+
+
+def test_the_workdir_is_the_same_from_wherever_it_is_named(tmp_path):
+    protocol_of(study_config.get_config("simulated"), tmp_path, {}, {})
+    result = run("--config=configs/study.py:demo", f"--workdir={os.path.relpath(tmp_path, ROOT)}")
+    assert f"the protocol in {tmp_path / protocol.PROTOCOL_FILE} was fixed with another config" in result.stderr
+
+
 def test_given_weights_are_not_trained_again_and_their_own_faults_are_left_out(tmp_path):
     config = study_config.get_config("simulated")
     config.pretrain.init_from, config.rates.trials = given_weights(tmp_path / "given", 8), 1
-    study_plan.check(config, tmp_path)
+    study_check.check(config, tmp_path)
     names = plan(config, tmp_path)
     assert not any("pretrain" in name or "squeezed" in name or "joint" in name for name in names)
     assert "train_permuted_channels.full@0" in names
@@ -184,27 +290,27 @@ def test_given_weights_are_not_trained_again_and_their_own_faults_are_left_out(t
     assert f"--config.init_from={tmp_path / 'given'}" in names["train_permuted_channels.full@0"].argv
     config.pretrain.init_from = given_weights(tmp_path / "wider", 12)
     with pytest.raises(ValueError, match="arm scratch would train a network with n_channels 8, .*wider has 12"):
-        study_plan.check(config, tmp_path)
+        study_check.check(config, tmp_path)
     config.arms = tuple(arm for arm in config.arms if arm != "scratch")
-    study_plan.check(config, tmp_path)
+    study_check.check(config, tmp_path)
     config.pretrain.init_from = str(tmp_path / "absent")
     with pytest.raises((ValueError, OSError), match="absent"):
-        study_plan.check(config, tmp_path)
+        study_check.check(config, tmp_path)
 
 
 def test_names_with_commas_are_several(tmp_path):
     config = study_config.get_config("demo")
     config.arms = ("full,lora",)  # what --config.arms=full,lora gives
-    study_plan.split_names(config)
+    study_check.split_names(config)
     assert config.arms == ("full", "lora")
-    study_plan.check(config, tmp_path)
+    study_check.check(config, tmp_path)
 
 
 def test_another_simulator_than_the_frozen_one_is_refused(tmp_path):
     config = study_config.get_config("simulated")
     config.simulate.version += 1
     with pytest.raises(ValueError, match="config.simulate.version"):
-        study_plan.check(config, tmp_path)
+        study_check.check(config, tmp_path)
 
 
 def test_nothing_final_is_planned_before_every_arms_learning_rate_is_chosen(tmp_path):
@@ -407,12 +513,12 @@ def test_a_name_that_is_no_arm_or_fault_is_told_with_its_field(tmp_path):
     config = study_config.get_config("simulated")
     config.few_shot.arms = ("fulll",)
     with pytest.raises(ValueError, match="config.few_shot.arms names 'fulll'"):
-        study_plan.check_names(config)
+        study_check.check_names(config)
     config = study_config.get_config("simulated")
-    study_plan.check_names(config)
+    study_check.check_names(config)
     config.ablations = ("squezed",)
     with pytest.raises(ValueError, match="config.ablations names 'squezed'; known: permuted_channels, squeezed"):
-        study_plan.check_names(config)
+        study_check.check_names(config)
 
 
 def test_expected_results_are_read_before_the_work(tmp_path):
@@ -431,10 +537,11 @@ def test_a_study_without_data_says_in_one_line_what_to_do(tmp_path):
 
 
 def test_a_failing_step_ends_the_study_with_its_name_its_message_and_its_command(tmp_path):
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "empty too"):
+        (tmp_path / name).mkdir()
     result = run(
         "--config=configs/study.py:real", f"--workdir={tmp_path / 'study'}", "--config.ablations=()",
-        f"--config.source.root={tmp_path / 'empty'}", f"--config.target.root={tmp_path / 'empty'}",
+        f"--config.source.root={tmp_path / 'empty'}", f"--config.target.root={tmp_path / 'empty too'}",
     )  # fmt: skip
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]

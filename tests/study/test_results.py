@@ -126,7 +126,7 @@ def test_tables_and_pictures_hold_every_arm_and_escape_what_they_are_given():
 
 def test_a_curve_over_sizes_takes_each_size_from_its_table():
     small, large = table(full_n1=around(0.5, 1)), table(full=around(0.7, 2))
-    curve = results.few_shot({12: large, 1: small}, {12: {"full": "full"}, 1: {"full": "full_n1"}})
+    curve = results.few_shot({12: large, 1: small}, {12: {"full": "full"}, 1: {"full": "full_n1"}}, {12: None, 1: None})
     assert list(curve["full"]) == [1, 12] and curve["full"][12].mean == pytest.approx(0.7, abs=0.05)
     assert "<svg" in figures.svg(figures.few_shot_curve(curve, curve["full"][1]))
 
