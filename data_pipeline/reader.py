@@ -99,12 +99,14 @@ def iterate(dataset, workers: int, threads: int, buffer: int, pids: str):
 
 
 def _set_up_worker(pids: str, index: int, count: int) -> None:
-    """Keeps a worker process off the accelerator, deaf to Ctrl-C, and from outliving its parent; says which it is."""
+    """Keeps a worker process off the accelerator, deaf to signals, and from outliving its parent; says which it is."""
     Path(pids, str(os.getpid())).touch()
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:  # Grain imports it where it is installed
         sys.modules["jax"].config.update("jax_platforms", "cpu")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business: it closes the workers
+    # Terminals and schedulers signal the whole group. It is the parent's business: it saves, then closes the workers.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def leave_with_parent() -> None:

@@ -33,23 +33,24 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def joined(coordinator: str, process_count: int, process_id: int) -> Iterator[None]:
-    """Joins the processes of this run, if there are several, until the block ends; see ``devices``.
+    """Joins the processes of this run, if there are several, until the block ends; see ``devices.join_processes``.
 
     An error in one of several ends this process at once, with its line and code 1: waiting for the others,
     as JAX would at exit, could take minutes, for they wait for this one.
     """
-    devices.join_processes(coordinator, process_count, process_id)
-    if jax.process_count() == 1:
+    if devices.process_place(coordinator, process_count, process_id) is None:
         yield
         return
-    who = f"process {jax.process_index()} of {jax.process_count()}"
-    fate = f"error: {who} was ended from outside, or because another process was lost: {REMEDY}"
+    who = f"process {process_id} of {process_count}" if coordinator else "this process"
+    fate = f"error: {who} was ended from outside, or because another process was lost or never came: {REMEDY}"
     witness = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", WITNESS, fate], stdin=subprocess.PIPE, start_new_session=True
     )
     logging.getLogger("absl").addFilter(_is_news)
     faulthandler.disable()  # absl turned it on; JAX's client aborts when another is lost, and our stack says nothing
     try:
+        devices.join_processes(coordinator, process_count, process_id)
+        who = f"process {jax.process_index()} of {jax.process_count()}"
         yield
         jax.distributed.shutdown()  # waits for the others, who may still write their results
     except Interrupted:

@@ -1,6 +1,8 @@
 """How a run begins: anew, or from the newest checkpoint of its workdir."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +22,9 @@ class Progress:
     """What the loop remembers beside the training state; plain JSON, part of every checkpoint.
 
     Attributes:
-      base_hash: of the parameters the run began with.
+      base_hash: of the parameters the run began with, and ``described_hash`` of what else is in its ``base``.
+      validation_hash: of the names of the validation cases: scores of other cases cannot be compared.
+      went_back_to: the step of ``config.resume_step``, if this state comes after going back to it.
       best_score, best_step: of the best validation so far; None before the first.
       stale: validations since then.
       validated_step: the last step that was validated.
@@ -30,6 +34,9 @@ class Progress:
     """
 
     base_hash: str
+    described_hash: str
+    validation_hash: str
+    went_back_to: int = 0
     best_score: float | None = None
     best_step: int = 0
     stale: int = 0
@@ -76,7 +83,27 @@ def begin(
                 f"config.resume_step is {config['resume_step']}, but {folder} has no checkpoint"
             )
         return _begin_anew(config, data, folder, mesh)
-    return _resume(config, data, folder, checkpoints, mesh, config["resume_step"] or steps[-1])
+    step, wanted = steps[-1], config["resume_step"]
+    if wanted and not _went_back(checkpoints, step, wanted):
+        step = wanted
+    return _resume(config, data, folder, checkpoints, mesh, step)
+
+
+def _went_back(checkpoints: Checkpoints, newest: int, wanted: int) -> bool:
+    """Whether the newest step comes after going back to the wanted one: the same command again then goes on."""
+    try:
+        return checkpoints.records(newest)["progress"].get("went_back_to") == wanted
+    except ValueError:  # it is damaged, which is why one goes back
+        return False
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _described_hash(info: modeldir.ModelInfo) -> str:
+    """Of all that is known about the base beside its parameters."""
+    return _hash({**dataclasses.asdict(info), "params_hash": None})
 
 
 def _begin_anew(config: Mapping, data: experiment.Data, folder: Path, mesh: jax.sharding.Mesh) -> Beginning:
@@ -85,12 +112,12 @@ def _begin_anew(config: Mapping, data: experiment.Data, folder: Path, mesh: jax.
     info = dataclasses.replace(
         start.info, provenance={"init_from": config["init_from"], "new": sorted(start.new)}
     )
-    base_hash = modeldir.params_hash(start.params)
+    progress = Progress(modeldir.params_hash(start.params), _described_hash(info), _hash(sorted(data.validation)))
     if jax.process_index() == 0:
         modeldir.save_model(folder / BASE, info, start.params)
         workdir.write_json(folder / workdir.CONFIG_FILE, config)
         workdir.write_json(folder / workdir.ENVIRONMENT_FILE, workdir.environment() | _described(data))
-    return Beginning(parts, experiment.initial_state(config, parts), Progress(base_hash), start.report)
+    return Beginning(parts, experiment.initial_state(config, parts), progress, start.report)
 
 
 def _resume(
@@ -109,11 +136,18 @@ def _resume(
         raise checkpoints.damaged(step, f"its record progress does not fit: {error}") from error
     info, params = modeldir.load_model(folder / BASE)
     modeldir.check_channels(info, data.contract.channels, data.contract.normalization)
-    if info.params_hash != progress.base_hash:
+    if (info.params_hash, _described_hash(info)) != (progress.base_hash, progress.described_hash):
         raise ValueError(f"{folder / BASE} is not the base that the checkpoints of {folder} were trained on")
     parts = experiment.build(config, network.Start(info, params, frozenset(info.provenance["new"]), []), mesh)
     state = checkpoints.restore(experiment.initial_state(config, parts), step)
     data.stream.set_state(records["data"])
+    if progress.validation_hash != _hash(sorted(data.validation)):
+        raise ValueError(
+            f"the validation cases are not those that the run in {folder} began with ({len(data.validation)} now): "
+            "restore the splits of the store or choose another --workdir"
+        )
+    if step == config["resume_step"]:
+        progress.went_back_to = step
     checkpoints.discard_after(step)
     if jax.process_index() == 0:
         workdir.write_json(folder / workdir.CONFIG_FILE, config)

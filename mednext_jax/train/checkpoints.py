@@ -87,8 +87,11 @@ class Checkpoints:
             get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False
         )
         latest = preservation.LatestN(KEEP_LATEST)
+        # Orbax writes a step's score to disk only where it is told a best_fn: without it a run that was started again
+        # would no longer know which step was the best, and delete it.
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation.AnyPreservationPolicy([latest, best])
+            preservation_policy=preservation.AnyPreservationPolicy([latest, best]),
+            best_fn=lambda metrics: metrics["score"],
         )
         # Orbax would clean up in a thread that nobody waits for, and that fails aloud when a run ends at once.
         if jax.process_index() == 0:

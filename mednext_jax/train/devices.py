@@ -1,6 +1,8 @@
 """Devices: the ``("data",)`` mesh over all of them, and putting arrays on it. One program for 1 to N."""
 
 import os
+import socket
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,16 +22,19 @@ BY_HAND = "name the first one with --coordinator=HOST:PORT, --process_count and 
 DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 JOIN_SECONDS = 300  # longest wait for all processes to be there
 MEET_SECONDS = 1800  # longest wait for the slowest to compile, or to validate its cases
+FREE_SECONDS = 60  # longest wait for the processes of the run before to give the port back
 HEARTBEAT_SECONDS = 60  # a process that was silent for so long is lost
 LOST_SIGNS = ("Gloo", "NCCL", "coordination", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
 
 
-def join_processes(coordinator: str = "", process_count: int = 0, process_id: int = -1) -> None:
-    """Makes this process one of several, before any device is touched; does nothing for a single one.
+def process_place(coordinator: str = "", process_count: int = 0, process_id: int = -1) -> dict[str, Any] | None:
+    """Where this process stands among several, as ``jax.distributed.initialize`` takes it; None for a single one.
 
     Args:
       coordinator: ``host:port`` of the first process, with ``process_count`` and ``process_id``; empty: ask
-        the launcher (SLURM, Open MPI) if there is one with more than one task.
+        the launcher (SLURM, Open MPI) if there is one with more than one task. Then JAX finds the place: {}.
+
+    Raises: ValueError, naming the flag or the launcher's variable, for what says no place.
     """
     if not coordinator and (process_count or process_id >= 0):
         raise ValueError("--process_count and --process_id need --coordinator=HOST:PORT, the first process's address")
@@ -41,25 +46,68 @@ def join_processes(coordinator: str = "", process_count: int = 0, process_id: in
             )
         if not coordinator.rpartition(":")[2].isdecimal():
             raise ValueError(f"--coordinator is {coordinator!r}: give the first process's address as HOST:PORT")
-        place = {"coordinator_address": coordinator, "num_processes": process_count, "process_id": process_id}
-    elif any(_launched(name) > 1 for name in LAUNCHER_SIZES):
-        place = {}
-    else:
+        return {"coordinator_address": coordinator, "num_processes": process_count, "process_id": process_id}
+    return {} if any(_launched(name) > 1 for name in LAUNCHER_SIZES) else None
+
+
+def join_processes(coordinator: str = "", process_count: int = 0, process_id: int = -1) -> None:
+    """Makes this process one of several, before any device is touched; does nothing for a single one.
+
+    Args: as :func:`process_place`.
+
+    Raises:
+      ValueError: as :func:`process_place`.
+      OSError: the processes do not find each other. Some of that JAX does not say but aborts, from C++: what can be
+        found out before is.
+    """
+    found = process_place(coordinator, process_count, process_id)
+    if found is None:
         return
+    if coordinator and process_count > 1:
+        _wait_for_address(coordinator, process_id)
     try:
         jax.distributed.initialize(
-            **place, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            **found, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
     except (ValueError, LookupError) as error:  # of a launcher's variable that is absent or garbage; JAX reads several
         raise ValueError(
             f"the launcher's variables do not say where this run's processes are ({error}): {BY_HAND}"
         ) from error
     except RuntimeError as error:  # JAX's own errors are RuntimeErrors
-        first_line = (str(error).splitlines() or [""])[0][:200]
-        raise OSError(
-            f"the processes of this run did not find each other ({first_line}): start as many as asked for, "
-            "within five minutes, and check that the first one's host and port can be reached"
-        ) from error
+        raise _not_found((str(error).splitlines() or [""])[0][:200]) from error
+
+
+def _not_found(reason: str) -> OSError:
+    return OSError(
+        f"the processes of this run did not find each other ({reason}): start as many as asked for, within five "
+        "minutes, and check that the first one's host and port can be reached"
+    )
+
+
+def _wait_for_address(coordinator: str, process_id: int) -> None:
+    """Until the first process can serve at its port, or the others reach it there. Raises OSError naming the port."""
+    host, _, port = coordinator.rpartition(":")
+    until = time.monotonic() + (JOIN_SECONDS if process_id else FREE_SECONDS)
+    while True:
+        try:
+            if process_id:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            else:
+                with socket.socket() as probe:
+                    # Connections of an ended run linger for a minute; only a port that is served is taken.
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("", int(port)))
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() < until and not isinstance(error, OverflowError):
+                time.sleep(0.5)
+            elif process_id:
+                raise _not_found(f"none answers at {coordinator}: {error}") from error
+            else:
+                raise OSError(
+                    f"port {port} cannot be opened ({error}): wait for the run that has it to end, or give another "
+                    "port to all processes"
+                ) from error
 
 
 def _launched(name: str) -> int:

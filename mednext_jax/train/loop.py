@@ -107,7 +107,8 @@ class Run:
         """Steps, log lines, validations and checkpoints until the last step or early stopping."""
         try:
             if self.step < self.total_steps:
-                self.feed.prefetch()  # unreadable data ends the run before a minute of compilation
+                with stop.ending_the_wait():
+                    self.feed.prefetch()  # unreadable data ends the run before a minute of compilation
                 self.compiled = self.compile()
             if self.validation_due():  # an interrupted run may owe one
                 self.validate(stop)
@@ -116,14 +117,14 @@ class Run:
                     self.save()
                     self.checkpoints.wait()
                     raise preemption.Interrupted(number, self.step, self.folder)
-                self.advance()
+                self.advance(stop)
                 if self.step % self.config["log_every"] == 0:
                     self.write_metrics()
                 if self.validation_due():
                     self.validate(stop)
                 if self.checkpoint_due():
                     self.save()
-        except validation.Stopped:
+        except preemption.Stopped:
             self.save()
             self.checkpoints.wait()
             raise preemption.Interrupted(stop.signal_number, self.step, self.folder) from None
@@ -144,13 +145,14 @@ class Run:
         )
         return compiled
 
-    def advance(self) -> None:
+    def advance(self, stop: preemption.StopRequests) -> None:
         """Dispatches one step and reads the next batch while it runs.
 
         Nothing but batches and learning rates goes to the devices here, and nothing comes back.
         """
         with jax.transfer_guard("disallow"):
-            fed = self.feed.take()
+            with stop.ending_the_wait():
+                fed = self.feed.take()
             rate = self.schedule(self.step) * self.plateau.scale
             learning_rate = devices.replicate(self.mesh, np.float32(rate))
             self.state, metrics = self.compiled(self.state, self.frozen, fed.arrays, learning_rate)
@@ -158,7 +160,8 @@ class Run:
             self.running.append(metrics["loss"])
             self.unread.append((self.step, fed.case_ids, {**metrics, "learning_rate": rate}))
             if self.step < self.total_steps:
-                self.feed.prefetch()
+                with stop.ending_the_wait():
+                    self.feed.prefetch()
             self.wait(STEPS_IN_FLIGHT)
 
     def wait(self, left: int = 0) -> None:

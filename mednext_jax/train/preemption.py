@@ -57,11 +57,16 @@ def stopped_at_once(workdir: object) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class Stopped(Exception):
+    """Something that takes long, or for ever, was given up because the run was asked to stop."""
+
+
 class StopRequests:
     """Context manager that catches :data:`SIGNALS`. A second one of the same kind acts as it always did."""
 
     def __init__(self) -> None:
         self.signal_number = 0
+        self._waits = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequests":
@@ -78,6 +83,24 @@ class StopRequests:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
         signal.signal(number, self._previous[number])
+        if self._waits:
+            raise Stopped
+
+    @contextmanager
+    def ending_the_wait(self) -> Iterator[None]:
+        """A signal ends the block at once: a batch that does not come must not outlast the time that is left to save.
+
+        With several processes it does not, since all must stop at the same step.
+
+        Raises: Stopped.
+        """
+        self._waits = True
+        try:
+            if self.signal_number:  # it came just before
+                raise Stopped
+            yield
+        finally:
+            self._waits = False
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         signal.signal(number, self._previous[number])

@@ -11,16 +11,13 @@ from mednext_jax.evaluate import overlap
 from mednext_jax.infer.postprocess import PostProcess
 from mednext_jax.infer.sliding_window import SlidingWindow
 from mednext_jax.train import devices, waits
+from mednext_jax.train.preemption import Stopped
 
 THRESHOLD = 0.5
 READ_SECONDS = 300.0  # longest time for one case
 
 Regions = Mapping[str, Sequence[int]]
 LoadCase = Callable[[str], tuple[np.ndarray, np.ndarray]]
-
-
-class Stopped(Exception):
-    """Validation was abandoned because the run was asked to stop."""
 
 
 def label_of(score: str) -> int | None:

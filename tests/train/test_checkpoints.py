@@ -45,6 +45,14 @@ def test_best_and_latest_steps_are_kept(folder):
     checkpoints.close()
 
 
+def test_best_step_is_kept_by_a_run_that_was_started_again(folder):
+    for step in (6, 7):
+        checkpoints = Checkpoints(folder)
+        checkpoints.save(step, state(step), records(step), 0.2)
+        checkpoints.close()
+    assert sorted(int(path.name) for path in folder.iterdir()) == [2, 6, 7]
+
+
 def test_step_comes_back_bit_for_bit_with_its_records(folder):
     checkpoints = Checkpoints(folder)
     restored = flatten_state(checkpoints.restore(state(), 5))

@@ -1,7 +1,10 @@
+import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -12,6 +15,8 @@ from mednext_jax.nn import paths
 from mednext_jax.train import loop
 from mednext_jax.train.checkpoints import describe_record
 from mednext_jax.train.preemption import Interrupted, StopRequests
+
+HASHES = dict.fromkeys(("base_hash", "described_hash", "validation_hash"), "x")
 
 
 class Watched:
@@ -146,6 +151,18 @@ def test_run_stopped_during_validation_validates_that_step_when_it_goes_on(
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
+def test_signal_ends_the_wait_for_a_batch_that_does_not_come(straight, config, open_data, tmp_path):
+    def hang(batch):
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert not threading.Event().wait(60), "the signal did not end the wait"
+        raise AssertionError("the batch that did not come was waited for")
+
+    with pytest.raises(Interrupted, match="saved at step 3"):
+        loop.fit(config, open_data(config, wrap=lambda s: Watched(s, 3, hang)), tmp_path / "run")
+    loop.fit(config, open_data(config), tmp_path / "run")
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize("first", [False, True], ids=["then split", "split first"])
 def test_checkpoints_with_split_and_replicated_optimizer_state_are_the_same_files(
     straight, config, open_data, tmp_path, first
@@ -187,8 +204,32 @@ def test_damaged_checkpoint_stops_the_run_until_it_is_told_to_go_back(straight, 
     with pytest.raises(ValueError, match="--config.resume_step=4"):
         loop.fit(config, open_data(config), folder)
     config.resume_step = 4
-    loop.fit(config, open_data(config), folder)
+    at_step_5 = open_data(config, wrap=lambda s: Watched(s, 5, lambda batch: signal.raise_signal(signal.SIGTERM)))
+    with pytest.raises(Interrupted, match="saved at step 5"):
+        loop.fit(config, at_step_5, folder)
+    drawn = []  # batches of the same command again: it goes on from there, not from step 4 once more
+    loop.fit(config, open_data(config, wrap=lambda s: Watched(s, 4, lambda batch: drawn.append(4))), folder)
+    assert not drawn
     assert (folder / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+    loop.fit(config, open_data(config), folder)  # finished, whatever the flag says
+    assert (folder / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+def test_base_described_otherwise_than_at_the_start_is_refused(straight, config, open_data, tmp_path):
+    shutil.copytree(straight, tmp_path / "copy")
+    file = tmp_path / "copy/base/model.json"
+    content = json.loads(file.read_text())
+    for change in ({"regions": {**content["regions"], "WT": [1, 2, 2]}}, {"provenance": {}}):
+        file.write_text(json.dumps({**content, **change}))
+        with pytest.raises(ValueError, match="copy/base is not the base"):
+            loop.fit(config, open_data(config), tmp_path / "copy")
+
+
+def test_resume_with_other_validation_cases_is_refused(straight, config, open_data):
+    data = open_data(config)
+    fewer = dataclasses.replace(data, validation=data.validation[:1])
+    with pytest.raises(ValueError, match=r"the validation cases are not those that .* \(1 now\): restore the splits"):
+        loop.fit(config, fewer, straight)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +239,8 @@ def test_damaged_checkpoint_stops_the_run_until_it_is_told_to_go_back(straight, 
         ("data", None, "lacks its item data"),
         ("progress", [], "its record progress is none"),
         ("progress", {"best_hash": "x"}, "its record progress does not fit: .*best_hash"),
-        ("progress", {"base_hash": "x", "window": 5}, "its record progress does not fit: window is 5"),
-        ("progress", {"base_hash": "x", "best_score": "high"}, "does not fit: best_score is 'high'"),
+        ("progress", {**HASHES, "window": 5}, "its record progress does not fit: window is 5"),
+        ("progress", {**HASHES, "best_score": "high"}, "does not fit: best_score is 'high'"),
     ],
 )
 def test_record_of_another_kind_is_refused_naming_the_checkpoint(

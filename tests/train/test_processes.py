@@ -100,11 +100,15 @@ except Exception as error:
 """
 
 
-def meeting(waits, limit):
-    """What two processes print that meet; the second comes ``waits`` seconds late. The processes are ended."""
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def meeting(waits, limit):
+    """What two processes print that meet; the second comes ``waits`` seconds late. The processes are ended."""
+    port = free_port()
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", MEETING, str(port)]
     pair = [
@@ -136,3 +140,54 @@ def test_process_that_waits_in_vain_counts_the_other_as_lost():
     (line,) = meeting(waits=300, limit=1)
     assert line.startswith("alone after ") and line.endswith("lost another is True\n")
     assert 0.9 < float(line.split()[2].rstrip(":")) < 30
+
+
+JOINING = """
+import sys
+sys.path.insert(0, "launch")
+import command, processes
+from mednext_jax.train import devices
+
+devices.JOIN_SECONDS, devices.FREE_SECONDS = 3, 1
+
+sys.argv, (address, me) = sys.argv[:1], sys.argv[1:]  # the rest would be flags
+
+def main(_):
+    with processes.joined(address, 2, int(me)):
+        print("together", flush=True)
+
+command.run(main)
+"""
+
+
+def ends_alone(address, me):
+    """Exit code and messages of process ``me`` of two, the other of which never comes."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", JOINING, address, str(me)], env=environment, cwd=ROOT,
+                          capture_output=True, text=True, timeout=100)  # fmt: skip
+    assert "together" not in done.stdout and done.returncode != 0
+    return done.returncode, done.stderr
+
+
+@pytest.mark.timeout(120)
+def test_process_whose_first_one_never_comes_says_so():
+    code, said = ends_alone(f"127.0.0.1:{free_port()}", 1)
+    assert code == 1 and said.count("\n") == 1
+    assert said.startswith("error: process 1 of 2: the processes of this run did not find each other (none answers at")
+
+
+@pytest.mark.timeout(120)
+def test_first_process_whose_port_is_taken_says_so():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        code, said = ends_alone(f"127.0.0.1:{other.getsockname()[1]}", 0)
+    assert code == 1 and said.count("\n") == 1
+    assert said.startswith("error: process 0 of 2: port") and "give another port" in said
+
+
+@pytest.mark.timeout(120)
+def test_first_process_that_is_left_alone_has_a_clear_last_line():
+    code, said = ends_alone(f"127.0.0.1:{free_port()}", 0)
+    assert code  # JAX aborts, from C++, and says a lot before
+    assert said.splitlines()[-1].startswith("error: process 0 of 2 was ended from outside, or because another")
