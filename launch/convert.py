@@ -62,7 +62,10 @@ def read_checkpoint() -> tuple[dict, dict, dict]:
     """Arguments, flat parameters and provenance of the checkpoint, grown and pruned as the flags say."""
     known = {flag.name: flag.value for flag in (DO_RES, NORM_TYPE) if flag.value is not None}
     state_dict, notes = files.read(INPUT.value)
-    done = convert(state_dict, **known)
+    try:
+        done = convert(state_dict, **known)
+    except ValueError as error:
+        raise ValueError(f"{INPUT.value}: {error}") from error
     kwargs, flat, notes = dict(done.kwargs), paths.flatten(done.params), [*notes, *done.notes]
     for note in notes:
         print(f"note: {note}")

@@ -65,12 +65,12 @@ def case_lists(config: Mapping[str, Any], store: Store) -> tuple[list[str], list
     """Training and validation cases of one store; only cases with a segmentation."""
     section = config["data"]
     fold = section["fold"]
-    names = (
-        (section["train_split"], section["val_split"])
-        if fold < 0
-        else (f"fold{fold}/train", f"fold{fold}/val")
-    )
-    train, val = ([case for case in store.split(name) if store.cases[case]["labelled"]] for name in names)
+    if fold < 0:
+        names = {"train_split": section["train_split"], "val_split": section["val_split"]}
+        parts = [_split(store, field, name) for field, name in names.items()]
+    else:
+        parts = [_split(store, "fold", f"fold{fold}/{part}") for part in ("train", "val")]
+    train, val = ([case for case in part if store.cases[case]["labelled"]] for part in parts)
     if not any(case["labelled"] for case in store.cases.values()):
         raise ValueError(f"{store.path}: no case has a segmentation; to train, put them beside the scans")
     most = section["max_train_cases"]
@@ -82,6 +82,13 @@ def case_lists(config: Mapping[str, Any], store: Store) -> tuple[list[str], list
         order = np.random.default_rng(section["subset_seed"]).permutation(len(train))
         train = sorted(sorted(train)[i] for i in order[:most])
     return train, val
+
+
+def _split(store: Store, field: str, name: str) -> list[str]:
+    try:
+        return store.split(name)
+    except ValueError as error:
+        raise ValueError(f"config.data.{field}: {error}") from error
 
 
 def open_data(config: Mapping[str, Any], workdir: str | Path) -> Data:

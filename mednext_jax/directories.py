@@ -1,6 +1,7 @@
 """Directories that appear whole or not at all."""
 
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,20 @@ def refuse_foreign(path: Path, names: Collection[str], kind: str) -> None:
     foreign = sorted(there - set(names))
     if foreign:
         raise FileExistsError(f"{path} is not {kind} (it has {foreign[0]}); choose another place")
+
+
+def tidy(folder: Path) -> None:
+    """Ends what killed processes began with :func:`replacing` in ``folder``; for the folder's only owner.
+
+    A directory on its way out comes back if nothing has taken its place; the rest is removed.
+    """
+    for part in ("old", "new"):
+        for left in folder.glob(f".*.{part}-*"):
+            if found := re.fullmatch(rf"\.(.+)\.{part}-\d+", left.name):
+                if part == "old" and not (folder / found[1]).exists():
+                    left.rename(folder / found[1])
+                else:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def _exchange(staging: Path, path: Path, old: Path) -> None:

@@ -38,6 +38,10 @@ def save_final(
     """
     params = experiment.parameters(trainable)
     if use_best:
+        if not (workdir / BEST).is_dir():
+            raise FileNotFoundError(
+                f"{workdir / BEST}, the best network of this run, is gone: put it back and run the same command again"
+            )
         info, params = modeldir.load_model(workdir / BEST)
         provenance = info.provenance
     _save(workdir / FINAL, experiment, params, provenance)

@@ -116,7 +116,7 @@ def _begin_anew(config: Mapping, data: experiment.Data, folder: Path, mesh: jax.
     if jax.process_index() == 0:
         modeldir.save_model(folder / BASE, info, start.params)
         workdir.write_json(folder / workdir.CONFIG_FILE, config)
-        workdir.write_json(folder / workdir.ENVIRONMENT_FILE, workdir.environment() | _described(data))
+        workdir.write_environment(folder, workdir.environment() | _described(data))
     return Beginning(parts, experiment.initial_state(config, parts), progress, start.report)
 
 
@@ -149,10 +149,11 @@ def _resume(
     if step == config["resume_step"]:
         progress.went_back_to = step
     checkpoints.discard_after(step)
+    report = [f"resumed {folder} at step {step}"]
     if jax.process_index() == 0:
         workdir.write_json(folder / workdir.CONFIG_FILE, config)
-        workdir.write_json(folder / workdir.ENVIRONMENT_FILE, workdir.environment() | _described(data))
-    return Beginning(parts, state, progress, [f"resumed {folder} at step {step}"])
+        report += workdir.write_environment(folder, workdir.environment() | _described(data))
+    return Beginning(parts, state, progress, report)
 
 
 def _described(data: experiment.Data) -> dict[str, Any]:

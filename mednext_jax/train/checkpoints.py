@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +78,23 @@ def compare(found: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Any],
             )
 
 
+class _Step(preservation.PreservationPolicy):
+    """Keeps one step. Which, the run knows; Orbax's own memory of scores ends with the process."""
+
+    step = 0
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """The ``checkpoints`` folder of a run. Saving goes on in the background while training does."""
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory).absolute()
-        best = preservation.BestN(
-            get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False
-        )
-        latest = preservation.LatestN(KEEP_LATEST)
-        # Orbax writes a step's score to disk only where it is told a best_fn: without it a run that was started again
-        # would no longer know which step was the best, and delete it.
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation.AnyPreservationPolicy([latest, best]),
-            best_fn=lambda metrics: metrics["score"],
-        )
+        self._best = _Step()
+        kept = preservation.AnyPreservationPolicy([preservation.LatestN(KEEP_LATEST), self._best])
+        options = ocp.CheckpointManagerOptions(preservation_policy=kept)
         # Orbax would clean up in a thread that nobody waits for, and that fails aloud when a run ends at once.
         if jax.process_index() == 0:
             for unfinished in self.directory.glob(f"*{UNFINISHED}*"):
@@ -103,18 +105,23 @@ class Checkpoints:
             raise OSError(
                 f"cannot use {self.directory} for checkpoints: {error}; choose another --workdir"
             ) from error
+        except (ValueError, TypeError) as error:  # Orbax reads its own description of every step
+            raise ValueError(
+                f"a step in {self.directory} is damaged ({error}): move the folder of the newest one away and run the "
+                "same command again; it goes on from the step before"
+            ) from error
 
     def steps(self) -> list[int]:
         """Complete steps, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, records: Mapping[str, Any], score: float | None = None) -> None:
+    def save(self, step: int, state: Any, records: Mapping[str, Any], best: int = 0) -> None:
         """Starts to write a step; copies the state first, so it may be donated at once.
 
         Args:
           state: tree of arrays, equal on all devices.
           records: JSON values for each of :data:`RECORDS`.
-          score: validation score, for keeping the best step; None if it was not validated.
+          best: the step to keep beside the newest ones, this or an earlier one; 0: none.
         """
         flat = flatten_state(devices.to_host(state))
         items = {name: ocp.args.JsonSave(records[name]) for name in RECORDS}
@@ -122,10 +129,10 @@ class Checkpoints:
         sums = {name: describe_record(records[name]) for name in RECORDS}
         items["leaves"] = ocp.args.JsonSave({"leaves": describe_leaves(flat), "records": sums})
         args = ocp.args.Composite(state=ocp.args.StandardSave(flat), **items)
-        metrics = None if score is None else {"score": score}
         self.wait()  # Orbax would too, without a limit
+        self._best.step = best
         with self._writing(step):
-            if not self._manager.save(step, args=args, metrics=metrics, force=True):
+            if not self._manager.save(step, args=args, force=True):
                 raise OSError("Orbax skipped it")
 
     def _check_space(self, step: int, state_bytes: int) -> None:

@@ -160,7 +160,7 @@ def make_mesh(n_devices: int = 0) -> Mesh:
     """
     devices = jax.devices()
     if n_devices > len(devices):
-        raise ValueError(f"{n_devices} devices are asked for, {len(devices)} are there")
+        raise ValueError(f"config.n_devices is {n_devices}: there are {len(devices)} devices")
     devices = devices[: n_devices or len(devices)]
     if len({device.process_index for device in devices}) < jax.process_count():
         raise ValueError(

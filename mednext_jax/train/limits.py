@@ -38,6 +38,8 @@ def check(config: Mapping[str, Any]) -> None:
         if not low <= value <= high:
             wanted = f"at least {low}" if high == INF else f"a number from {low} to {_shown(high)}"
             raise ValueError(f"config.{name} is {value}: {wanted} is needed")
+    if (size := config["model"]["kernel_size"]) and size % 2 == 0:
+        raise ValueError(f"config.model.kernel_size is {size}: an odd size is needed")
 
 
 def _shown(high: float) -> str:

@@ -190,9 +190,11 @@ class Run:
             self.log.record(step, {"skipped": 1, "cases": case_ids})
             self.log.say(f"skipped {what}")
             if self.bad_steps > limit:
+                saved = self.checkpoints.steps()
+                kept = f"the checkpoints in {self.folder} are from before" if saved else "no step was saved before"
                 raise Diverged(
                     f"{what}; {self.bad_steps} bad step(s), config.max_bad_steps allows {limit}: look at these cases, "
-                    f"lower config.optim.peak_lr or allow more; the checkpoints in {self.folder} are from before"
+                    f"lower config.optim.peak_lr or allow more; {kept}"
                 )
 
     def write_metrics(self) -> None:
@@ -263,9 +265,7 @@ class Run:
             "progress": dataclasses.asdict(self.progress),
             "config": self.config,
         }
-        name = self.config["eval"]["score"]
-        score = self.progress.scores.get(name) if self.step == self.progress.validated_step else None
-        self.checkpoints.save(self.step, self.state, records, score)
+        self.checkpoints.save(self.step, self.state, records, self.progress.best_step)
         self.saved_step = self.step
 
     def provenance(self) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from mednext_jax import directories
+
 LOCK_FILE = ".lock"
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -60,6 +62,15 @@ class Lock:
             raise OSError(
                 f"another process is training in {workdir}: wait for it or choose another --workdir"
             ) from None
+        except OSError as error:
+            self._file.close()
+            raise OSError(
+                f"{workdir} lies on a file system that cannot lock files ({error}): choose another --workdir"
+            ) from error
+        directories.tidy(workdir)
+        for left in workdir.glob(".*.json*.*"):  # half-written, by a process that was killed
+            if left.suffix[1:].isdecimal():
+                left.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Lets others in. Of a run that was refused before it wrote anything, no new folder stays."""
@@ -113,6 +124,25 @@ def _git_hash() -> str:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def write_environment(folder: Path, found: Mapping[str, Any]) -> list[str]:
+    """Writes ``environment.json``; what it said of earlier parts of the run stays, as its ``earlier``.
+
+    Returns: a line for the user if versions changed.
+    """
+    file, found = folder / ENVIRONMENT_FILE, plain(found)
+    try:
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        before = {}
+    earlier = before.pop("earlier", [])
+    if before and before != found:
+        earlier = [*earlier, before]
+    write_json(file, found | ({"earlier": earlier} if earlier else {}))
+    now, old = found["versions"], before.get("versions", {})
+    changed = [f"{name} {old[name]} before, {now.get(name)} now" for name in old if old[name] != now.get(name)]
+    return [f"other versions than before, so the bits may differ: {'; '.join(changed)}"] if changed else []
 
 
 def environment() -> dict[str, Any]:

@@ -100,7 +100,7 @@ def notes(workdir: Path) -> dict[str, float]:
 
 def half_trained(workdir: Path) -> list[str]:
     """Training runs that have begun and not ended."""
-    return [file.parent.name for file in (workdir / "runs").glob("*/metrics.jsonl")
+    return [file.parent.name for file in (workdir / "runs").rglob("metrics.jsonl")
             if not (file.parent / "result.json").exists()]  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def kill_study(flags: Sequence[str], folder: Path, seed: int) -> KilledStudy:
     steps = list(took)
     first = rng.choice([i for i, step in enumerate(steps) if step.startswith("train_")])
     second = rng.randrange(first + 1, len(steps) - UNHURT)
-    run = steps[first].removeprefix("train_")
+    run = steps[first].removeprefix("train_").replace("trials_", "trials/", 1)  # its folder
     lines = rng.randrange(SAVE_EVERY + 1, topology.written(straight / "runs" / run))
     ways = (
         lambda command: die_in_training(command, workdir, run, lines),

@@ -73,7 +73,7 @@ def write_case(
 
 def _file(name: str, bad: bytes, suffix: str = ".nii.gz", harmless: bool = False) -> Malformed:
     make = partial(write_case, bad=bad, suffix=suffix)
-    return Malformed("NIfTI reader", name, "preprocess.py", PREPROCESS, make, harmless)
+    return Malformed("NIfTI reader", name, "preprocess.py", PREPROCESS, make, harmless, told=(CASE,))
 
 
 def nifti() -> Iterator[Malformed]:
@@ -112,7 +112,7 @@ def nifti() -> Iterator[Malformed]:
 
 
 def _scan(name: str, make: Callable[[Path], None], harmless: bool = False) -> Malformed:
-    return Malformed("scanner", name, "preprocess.py", PREPROCESS, make, harmless)
+    return Malformed("scanner", name, "preprocess.py", PREPROCESS, make, harmless, told=("/in", CASE))
 
 
 def _special(kind: str, folder: Path) -> None:
@@ -192,4 +192,5 @@ def scanner() -> Iterator[Malformed]:
         ("output is the name of no folder", ("--input={good}/raw", "--output=/dev/null/x", "--workers=1")),
         ("output name too long", ("--input={good}/raw", "--output={out}/" + "x" * 300, "--workers=1")),
     ):
-        yield Malformed("scanner", name, "preprocess.py", flags)
+        place = flags[0] if "input" in name else flags[1]
+        yield Malformed("scanner", name, "preprocess.py", flags, told=(place.rpartition("}")[2].rpartition("=")[2],))

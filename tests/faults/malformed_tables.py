@@ -193,7 +193,7 @@ def overrides() -> Iterator[Malformed]:
         base = [flag for flag in TRAIN if flag.partition("=")[0].removeprefix("--config.") not in unset]
         store = () if field == "data.root" else ("--config.data.store={good}/store",)
         flags = (*base, *store, f"--config.{override}")
-        told = (field.rpartition(".")[2], value or "nothing")
+        told = (value if field == "init_from" else field.rpartition(".")[2],)  # a folder is told by its path
         yield Malformed("config override", override, "train.py", flags, told=told)
     for name, text in CONFIGS.items():
         flags = ("--config={in}/config.py", "--workdir={out}/run")

@@ -176,13 +176,14 @@ def _plain(content: bytes, folder: Path) -> None:
 
 def torch_files(good: Path) -> Iterator[Malformed]:
     """Checkpoints for ``launch/convert.py``: hostile pickles, cut archives, forged safetensors."""
-    flags = ("--input={in}/x.ckpt", "--output={out}/model")
+    flags, told = ("--input={in}/x.ckpt", "--output={out}/model"), ("in/x.ckpt",)
     for name, wrap in {"zip": _zip, "stream": lambda data: data}.items():
         for function, arguments in ((os.system, ("touch {}",)), (os.mkdir, ("{}",)), (exec, ("open({!r}, 'w')",)),
                                     (eval, ("__import__('os').mkdir({!r})",)), (open, ("{}", "w")),
                                     (shutil.copy, ("/etc/hostname", "{}"))):  # fmt: skip
             make = partial(_hostile, wrap, function, arguments)
-            yield Malformed("PyTorch files", f"{name} that calls {function.__name__}", "convert.py", flags, make)
+            yield Malformed("PyTorch files", f"{name} that calls {function.__name__}", "convert.py", flags, make,
+                            told=told)  # fmt: skip
     archive = _zip(pickle.dumps({"state_dict": {}}, 2))
     bombs = {
         "zip without data.pkl": _zip(b"", ("archive/x",)), "path outside": _zip(b"x", ("../../elsewhere", "/etc/x")),
@@ -193,8 +194,10 @@ def torch_files(good: Path) -> Iterator[Malformed]:
         "empty state": archive, "frame of 2**60": b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"N.",
     }  # fmt: skip
     for name, content in bombs.items():
-        yield Malformed("PyTorch files", name, "convert.py", flags, partial(_plain, content))
+        yield Malformed("PyTorch files", name, "convert.py", flags, partial(_plain, content), told=told)
     for cut in range(1, len(archive), 10):
-        yield Malformed("PyTorch files", f"zip cut at byte {cut}", "convert.py", flags, partial(_plain, archive[:cut]))
+        yield Malformed("PyTorch files", f"zip cut at byte {cut}", "convert.py", flags, partial(_plain, archive[:cut]),
+                        told=told)  # fmt: skip
     for name, content in forged_tensors((good / "adapter/adapter_model.safetensors").read_bytes(), 40):
-        yield Malformed("PyTorch files", f"safetensors: {name}", "convert.py", flags, partial(_plain, content))
+        make = partial(_plain, content)
+        yield Malformed("PyTorch files", f"safetensors: {name}", "convert.py", flags, make, told=told)

@@ -65,7 +65,7 @@ def checkpoint(tmp_path):
     state = {f"trainable/layer_{i}/kernel": rng.normal(size=(3, 5, i + 1)).astype(np.float32) for i in range(3)}
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     for step in (1, 2):
-        checkpoints.save(step, state, {name: {"step": step, "rate": 0.125} for name in RECORDS}, score=0.5)
+        checkpoints.save(step, state, {name: {"step": step, "rate": 0.125} for name in RECORDS})
     checkpoints.close()
     return tmp_path / "checkpoints"
 

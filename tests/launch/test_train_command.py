@@ -166,6 +166,8 @@ def test_two_processes_that_are_stopped_by_ctrl_c_say_so_once(straight, environm
         for process in pair:
             process.kill()
     assert [process.returncode for process in pair] == [75, 75]
+    assert all(line.startswith("[Gloo]") for line in second.splitlines())  # the first one alone speaks
+    assert "--xla_gpu_deterministic_ops=true" in json.loads((workdir / "environment.json").read_text())["xla_flags"]
     assert first.count("config.deterministic: on a GPU") == first.count("SIGTERM: saved at step") == 1
     assert "config.deterministic" not in second and "SIGTERM" not in second
 

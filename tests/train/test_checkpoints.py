@@ -29,8 +29,8 @@ def records(step):
 def folder(tmp_path):
     """Steps 1 to 5; 2 was the best, so 2, 4 and 5 are kept."""
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    for step, score in [(1, 0.3), (2, 0.9), (3, None), (4, 0.1), (5, None)]:
-        checkpoints.save(step, state(step), records(step), score)
+    for step, best in [(1, 1), (2, 2), (3, 2), (4, 2), (5, 2)]:
+        checkpoints.save(step, state(step), records(step), best)
     checkpoints.close()
     return tmp_path / "checkpoints"
 
@@ -48,9 +48,15 @@ def test_best_and_latest_steps_are_kept(folder):
 def test_best_step_is_kept_by_a_run_that_was_started_again(folder):
     for step in (6, 7):
         checkpoints = Checkpoints(folder)
-        checkpoints.save(step, state(step), records(step), 0.2)
+        checkpoints.save(step, state(step), records(step), 2)
         checkpoints.close()
     assert sorted(int(path.name) for path in folder.iterdir()) == [2, 6, 7]
+
+
+def test_step_whose_description_is_of_another_kind_is_told_with_its_folder(folder):
+    (folder / "5/_CHECKPOINT_METADATA").write_text("[]")
+    with pytest.raises(ValueError, match=f"a step in {folder} is damaged .*move the folder of the newest one away"):
+        Checkpoints(folder)
 
 
 def test_step_comes_back_bit_for_bit_with_its_records(folder):

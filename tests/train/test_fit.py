@@ -215,6 +215,41 @@ def test_damaged_checkpoint_stops_the_run_until_it_is_told_to_go_back(straight, 
     assert (folder / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
+def test_best_step_is_kept_after_an_interruption(config, open_data, tmp_path):
+    config.optim.update(total_steps=12, peak_lr=0.0)  # nothing is learned: the first validation stays the best
+    data = open_data(config, wrap=lambda s: Watched(s, 7, lambda batch: signal.raise_signal(signal.SIGTERM)))
+    with pytest.raises(Interrupted):
+        loop.fit(config, data, tmp_path)
+    assert loop.fit(config, open_data(config), tmp_path)["best_step"] == 3
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 10, 12]
+
+
+def test_what_killed_runs_left_half_done_is_tidied(straight, config, open_data, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(straight, folder)
+    (folder / "best").rename(folder / ".best.old-17")  # killed between the two renames of an exchange
+    shutil.copytree(folder / "model", folder / ".best.new-17")
+    shutil.copytree(folder / "model", folder / ".model.old-17")
+    (folder / ".config.json.17").write_text("{")
+    loop.fit(config, open_data(config), folder)
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [".lock"]
+    assert (folder / "best/model.safetensors").read_bytes() == (straight / "best/model.safetensors").read_bytes()
+
+
+def test_versions_of_the_first_half_are_kept_and_the_change_is_said(straight, config, open_data, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(straight, folder)
+    file = folder / "environment.json"
+    before = json.loads(file.read_text())
+    old = {**before, "versions": {**before["versions"], "jax": "0.0.1"}}
+    file.write_text(json.dumps(old))
+    loop.fit(config, open_data(config), folder)
+    assert json.loads(file.read_text())["earlier"] == [old]
+    assert f"jax 0.0.1 before, {jax.__version__} now" in capsys.readouterr().out
+    loop.fit(config, open_data(config), folder)
+    assert json.loads(file.read_text())["earlier"] == [old]
+
+
 def test_base_described_otherwise_than_at_the_start_is_refused(straight, config, open_data, tmp_path):
     shutil.copytree(straight, tmp_path / "copy")
     file = tmp_path / "copy/base/model.json"

@@ -191,7 +191,7 @@ def test_batch_that_does_not_divide_is_refused_with_both_numbers(batch_size, acc
 
 
 def test_more_devices_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="64 devices are asked for, 4 are there"):
+    with pytest.raises(ValueError, match="config.n_devices is 64: there are 4 devices"):
         devices.make_mesh(64)
 
 
