@@ -50,7 +50,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.arms = ARMS + LEGACY_ARMS
     c.recipes = _recipes()
     c.overrides = ()  # of every arm's config, such as "optim.total_steps=1000"
-    # Learning rates: trials rates, a factor apart, around the recipe's own; while the best is at an edge the grid
+    # Learning rates: trials rates, a factor apart, around the recipe's own; while the chosen one is at an edge the grid
     # grows, up to max_trials. Chosen by the validation score, mean over that many tuning subsets; of rates that come
     # within the tolerance of the best, the one nearest to the recipe's own.
     c.rates = ConfigDict(dict(trials=3, factor=3.0, max_trials=6, subsets=2, tolerance=0.005, overrides=()))
@@ -115,7 +115,7 @@ def _simulated(c: ConfigDict) -> None:
     c.pretrain.overrides = ("optim.total_steps=240", "eval.every=0", "checkpoint_every=240")
     c.overrides = ("optim.total_steps=80", "data.batch_size=1", "eval.every=0", "eval.overlap=0.25",
                    "checkpoint_every=80")  # fmt: skip
-    c.rates.update(subsets=3, max_trials=5, overrides=("eval.every=80",))
+    c.rates.update(subsets=3, max_trials=9, overrides=("eval.every=80",))
     c.few_shot.update(sizes=(1, 5, 30), replicates=2)
     c.ablation.update(replicates=2, squeezed_voxels=(32, 32, 32), validations=3)
     c.predict.update(overlap=0.25, min_component_mm3=("500",))

@@ -34,7 +34,8 @@ def plan(config: Any, folder: Path) -> list[Step]:
             learning_rates[arm] = runs.own_rate(config, arm)
             continue
         scores = fixed.trials[arm] if fixed else runs.trial_scores(config, folder, arm)
-        wanted = [] if fixed else rates.wanted(scores, config.rates.trials, config.rates.max_trials)
+        wanted = [] if fixed else rates.wanted(
+            scores, config.rates.trials, config.rates.max_trials, config.rates.tolerance)
         trials += [(trial, run) for trial in {*scores, *wanted} for run in runs.trial_runs(config, arm, trial)]
         if fixed:
             learning_rates[arm] = fixed.learning_rates[arm]

@@ -125,7 +125,8 @@ def deviations(fixed: Mapping[str, Any]) -> list[str]:
     if config["rates"]["trials"] < 2:
         found.append("Learning rates were not chosen by trials: every arm used its config file's own.")
     else:
-        edge = [arm for arm, scores in trials.items() if not rates.is_interior(scores)]
+        edge = [arm for arm, scores in trials.items() 
+                if not rates.is_interior(scores, config["rates"]["tolerance"])]  # fmt: skip
         if edge:
             found.append(f"The best learning rate lies at the edge of the largest grid allowed: {', '.join(edge)}.")
         counts = {arm: len(scores) for arm, scores in trials.items()}

@@ -15,13 +15,17 @@ def rate(centre: float, factor: float, trial: int) -> float:
     return float(f"{centre * factor**trial:.2g}")
 
 
-def wanted(scores: Scores, trials: int, max_trials: int) -> list[int]:
-    """Trials to run next: the first grid, then one beyond the edge that holds the best; [] once that is settled.
+def wanted(scores: Scores, trials: int, max_trials: int, tolerance: float = 0.0) -> list[int]:
+    """Trials to run next: the first grid, then one beyond the edge that holds the chosen one; [] once that is settled.
+
+    A rate beyond which nothing is better by more than the tolerance is not at an edge: towards small rates every arm
+    comes ever nearer to the network that it started from.
 
     Args:
       scores: of the trials that were run.
       trials: size of the first grid, the same for every arm.
       max_trials: where growing ends.
+      tolerance: as in :func:`chosen`.
     """
     first = [k - trials // 2 for k in range(trials)]
     missing = [k for k in first if k not in scores]
@@ -29,7 +33,7 @@ def wanted(scores: Scores, trials: int, max_trials: int) -> list[int]:
         return missing
     if len(scores) >= max_trials:
         return []
-    best = chosen(scores)
+    best = chosen(scores, tolerance)
     return [k for k in (best - 1, best + 1) if k not in scores][:1]
 
 
@@ -49,7 +53,7 @@ def chosen(scores: Scores, tolerance: float = 0.0) -> int:
     return min(as_good, key=lambda k: (abs(k), k)) if tolerance else best
 
 
-def is_interior(scores: Scores) -> bool:
-    """Whether the best trial has a worse or equal neighbour on both sides."""
-    best = chosen(scores)
+def is_interior(scores: Scores, tolerance: float = 0.0) -> bool:
+    """Whether the chosen trial has a neighbour on both sides that is no better, or not by more than the tolerance."""
+    best = chosen(scores, tolerance)
     return best - 1 in scores and best + 1 in scores

@@ -9,7 +9,8 @@ from data_pipeline import atomic
 from mednext_jax.study import protocol
 
 CONFIG = {
-    "arms": ["full", "lora"], "note": "", "rates": {"trials": 3, "max_trials": 6, "subsets": 3}, "crossed": True,
+    "arms": ["full", "lora"], "note": "", "crossed": True,
+    "rates": {"trials": 3, "max_trials": 6, "subsets": 3, "tolerance": 0.005},
     "subset_seeds": [0, 1, 2, 3, 4], "init_seeds": [0, 1, 2], "order_seeds": [0, 1, 2], "ablations": [],
     "few_shot": {"sizes": [], "replicates": 3}, "max_train_cases": 24, "ablation": {"replicates": 3},
     "pretrain": {"init_from": ""},
@@ -78,11 +79,11 @@ def test_a_full_protocol_has_no_deviations(tmp_path):
         ({"subset_seeds": [0]}, TRIALS, "1 value(s) of subset_seeds"),
         ({"crossed": False}, TRIALS, "not crossed"),
         ({"max_train_cases": 0}, TRIALS, "trains on all training cases"),
-        ({"rates": {"trials": 1, "subsets": 1}}, {}, "not chosen by trials"),
+        ({"rates": {"trials": 1, "subsets": 1, "tolerance": 0.005}}, {}, "not chosen by trials"),
         ({"ablations": ["squeezed"]}, TRIALS, "chosen for the main comparison"),
         ({"ablations": ["squeezed"], "ablation": {"replicates": 2}}, TRIALS, "2 repetition(s) of the ablations"),
         ({"few_shot": {"sizes": [1], "replicates": 1}}, TRIALS, "1 repetition(s) of the few-shot curve"),
-        ({"rates": {"trials": 2, "subsets": 1}}, TRIALS, "chosen on 1 tuning subset(s)"),
+        ({"rates": {"trials": 2, "subsets": 1, "tolerance": 0.005}}, TRIALS, "chosen on 1 tuning subset(s)"),
         ({"pretrain": {"init_from": "MODEL"}}, TRIALS, "One given network, MODEL, instead of one pre-training"),
     ),
 )

@@ -54,4 +54,19 @@ def test_of_rates_that_are_as_good_the_one_nearest_to_the_recipes_own_is_taken()
     assert rates.chosen({-1: 0.700, 0: 0.690, 1: 0.690}, 0.005) == -1
     assert rates.chosen({-2: 0.699, -1: 0.690, 0: 0.600, 1: 0.697, 2: 0.7}, 0.005) == 1
     assert rates.chosen({-1: 0.7, 0: math.nan, 1: 0.7}, 0.005) == -1
-    assert rates.wanted({-1: 0.690, 0: 0.699, 1: 0.700}, 3, 6) == [2]  # the grid still grows until the best is inside
+
+
+def test_a_grid_grows_until_nothing_beyond_the_chosen_rate_is_better_by_more_than_the_tolerance():
+    slowly = {-1: 0.690, 0: 0.699, 1: 0.700}
+    assert rates.wanted(slowly, 3, 6, 0.005) == [] and rates.is_interior(slowly, 0.005)
+    assert rates.wanted(slowly, 3, 6) == [2] and not rates.is_interior(slowly)
+    steeply = {-1: 0.680, 0: 0.690, 1: 0.700}
+    assert rates.wanted(steeply, 3, 6, 0.005) == [2] and not rates.is_interior(steeply, 0.005)
+
+    def towards_no_adaptation(k):  # what a rate that is divided by three again and again comes to
+        return 0.7 - 0.06 * 3.0 ** min(k, 1)
+
+    scores = {}
+    while wanted := rates.wanted(scores, 3, 9, 0.005):
+        scores |= {k: towards_no_adaptation(k) for k in wanted}
+    assert sorted(scores) == [-3, -2, -1, 0, 1] and rates.chosen(scores, 0.005) == -2
