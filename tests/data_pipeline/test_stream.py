@@ -285,11 +285,15 @@ def test_open_files_stay_bounded(tmp_path, monkeypatch):
 
 
 def test_worker_processes_give_the_same_stream_and_a_dead_one_an_error(seven):
-    expected = take(5, seven)
+    expected = take(16, seven)
     with open_stream(seven, workers=2) as stream:
         stream.set_state(open_stream(seven).get_state() | {"next_index": 2})
         assert_same([next(stream) for _ in range(2)], expected[2:4])
         assert stream.get_state()["next_index"] == 4
+        for process in multiprocessing.active_children():  # as schedulers do, which signal the whole group
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                os.kill(process.pid, number)
+        assert_same([next(stream) for _ in range(12)], expected[4:])
         for process in multiprocessing.active_children():
             os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(ChildProcessError, match="exit code -9"):
