@@ -87,7 +87,8 @@ class Stream(Iterator[Batch]):
             if state.get(name) != value:
                 raise ValueError(
                     f"the saved data position is of another stream: {name} was {state.get(name)!r}, "
-                    f"now {value!r}; restore the old setting or start a new workdir"
+                    f"now {value!r}; restore the old "
+                    f"{'splits' if name == 'cases' else 'setting'} or start a new workdir"
                 )
         position = state.get("next_index")
         if not isinstance(position, int) or position < 0:

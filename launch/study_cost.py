@@ -2,11 +2,12 @@
 
 import ast
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import command
 import study_runs as runs
+from ml_collections import ConfigDict
 
 NETWORK = ("n_channels", "kernel_size", "block_counts", "exp_r", "grn")
 
@@ -15,6 +16,11 @@ def overridden(config: Any, overrides: Iterable[str]) -> Any:
     """A run's config with ``field=value`` applied, as its command line would."""
     for override in overrides:
         field, _, text = override.partition("=")
+        section = config
+        for name in field.split("."):
+            if not isinstance(section, Mapping | ConfigDict) or name not in section:
+                raise ValueError(f"the config has no field {field!r}; configs/default.py lists them")
+            section = section[name]
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):

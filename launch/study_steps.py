@@ -47,7 +47,7 @@ class Step:
             return False
         if json.loads(note.read_text())["command"] != list(self.argv[1:]):
             raise ValueError(f"step {self.name!r} in {folder} was done by another command (see {note}); use a new "
-                             "--workdir, or remove the note to do the step again")
+                             "--workdir, or remove that file to do the step again")
         return True
 
     def mark_done(self, folder: Path, seconds: float, cpu_seconds: float = 0.0) -> None:

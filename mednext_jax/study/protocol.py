@@ -17,7 +17,7 @@ from typing import Any
 from mednext_jax.study import rates
 
 PROTOCOL_FILE, TEST_FILE = "protocol.json", "test.json"
-FREE = ("note", "pages", "steps_per_process")  # fields of the config that may change afterwards: they decide no number
+FREE = ("steps_per_process",)  # fields of the config that may change afterwards: no step depends on them
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:

@@ -134,10 +134,16 @@ def _resume(
         progress = Progress(**records["progress"])
     except TypeError as error:
         raise checkpoints.damaged(step, f"its record progress does not fit: {error}") from error
-    info, params = modeldir.load_model(folder / BASE)
+    put_back = f"put a copy of {folder / BASE} back as it was, or start anew in another --workdir"
+    try:
+        info, params = modeldir.load_model(folder / BASE)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the base of the run in {folder} cannot be read ({error}): {put_back}") from error
     modeldir.check_channels(info, data.contract.channels, data.contract.normalization)
     if (info.params_hash, _described_hash(info)) != (progress.base_hash, progress.described_hash):
-        raise ValueError(f"{folder / BASE} is not the base that the checkpoints of {folder} were trained on")
+        raise ValueError(
+            f"{folder / BASE} is not the base that the run began with, weights or description differ: {put_back}"
+        )
     parts = experiment.build(config, network.Start(info, params, frozenset(info.provenance["new"]), []), mesh)
     state = checkpoints.restore(experiment.initial_state(config, parts), step)
     data.stream.set_state(records["data"])

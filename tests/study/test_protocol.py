@@ -29,7 +29,7 @@ def test_a_study_goes_on_under_its_protocol_and_under_no_other(tmp_path):
     protocol.check(tmp_path, CONFIG)  # nothing fixed yet
     fixed(tmp_path)
     protocol.check(tmp_path, CONFIG)
-    protocol.check(tmp_path, {**CONFIG, "note": "decides nothing"})
+    protocol.check(tmp_path, {**CONFIG, "steps_per_process": 7})  # decides nothing
     with pytest.raises(ValueError, match="another config.arms"):
         protocol.check(tmp_path, {**CONFIG, "arms": ["full"]})
 

@@ -256,8 +256,11 @@ def test_base_described_otherwise_than_at_the_start_is_refused(straight, config,
     content = json.loads(file.read_text())
     for change in ({"regions": {**content["regions"], "WT": [1, 2, 2]}}, {"provenance": {}}):
         file.write_text(json.dumps({**content, **change}))
-        with pytest.raises(ValueError, match="copy/base is not the base"):
+        with pytest.raises(ValueError, match="copy/base is not the base .*put a copy of .*copy/base back"):
             loop.fit(config, open_data(config), tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/base")
+    with pytest.raises(ValueError, match="the base of the run in .* cannot be read .*put a copy of .*copy/base back"):
+        loop.fit(config, open_data(config), tmp_path / "copy")
 
 
 def test_resume_with_other_validation_cases_is_refused(straight, config, open_data):
