@@ -5,7 +5,7 @@ arm. The protocol is fixed before any test case is seen: the learning rate of ea
 target subset, initial weights and data order have seeds of their own, and test cases are touched once, at the end.
 
     python launch/study.py --config=configs/study.py:demo --workdir=runs/demo             # simulated, minutes
-    python launch/study.py --config=configs/study.py:simulated --workdir=runs/simulated   # two free cores: 40 minutes
+    python launch/study.py --config=configs/study.py:simulated --workdir=runs/simulated   # two cores: about an hour
     python launch/study.py --config=configs/study.py:real --workdir=runs/study \
         --config.source.root=DATA/BraTS2021 --config.target.root=DATA/BraTS-Africa        # one GPU of 24 GB, weeks
     # fewer arms:            ... --config.arms=full,lora
