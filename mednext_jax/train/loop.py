@@ -185,16 +185,13 @@ class Run:
                 continue
             self.bad_steps += 1
             limit = self.config["max_bad_steps"]
-            numbers = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
-            what = f"step {step}: {numbers} with {', '.join(case_ids)}"
+            what = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']} with {', '.join(case_ids)}"
             self.log.record(step, {"skipped": 1, "cases": case_ids})
             self.log.say(f"skipped {what}")
             if self.bad_steps > limit:
-                saved = self.checkpoints.steps()
-                kept = f"the checkpoints in {self.folder} are from before" if saved else "no step was saved before"
                 raise Diverged(
                     f"{what}; {self.bad_steps} bad step(s), config.max_bad_steps allows {limit}: look at these cases, "
-                    f"lower config.optim.peak_lr or allow more; {kept}"
+                    f"lower config.optim.peak_lr or allow more; what {self.folder} holds is from before"
                 )
 
     def write_metrics(self) -> None:

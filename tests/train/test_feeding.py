@@ -50,10 +50,10 @@ def test_only_batches_and_rates_go_in_and_metrics_come_out_when_they_are_logged(
             out.append((len(steps), sum(np.size(leaf) for leaf in jax.tree.leaves(tree))))
         return real_get(tree)
 
-    def counted(run):
+    def counted(run, stop):
         steps.append(run.step)
         with jax.transfer_guard("disallow"):  # whatever is not asked for by name raises
-            advance(run)
+            advance(run, stop)
 
     monkeypatch.setattr(jax, "make_array_from_process_local_data", put)
     monkeypatch.setattr(jax, "device_get", get)
