@@ -149,7 +149,7 @@ def _differences(config: Any, target: Table) -> list[results.Difference]:
 
 
 def _cost(config: Any, folder: Path, arm: str) -> dict[str, Any]:
-    """What an arm costs: counted arithmetic, and what its runs measured (medians over repetitions)."""
+    """What an arm costs: counted arithmetic, and what its runs measured (times: medians over repetitions)."""
     from mednext_jax.train import dry_run
 
     study_cost.keep_off_devices()
@@ -188,9 +188,9 @@ def _cost_section(
     points = {arm: (c["step_flops"] * c["steps"], c["trainable"],
                     results.estimate(results.mean_dice(target, arm), runs.levels(config)))
               for arm, c in costs.items()}  # fmt: skip
-    text = ("Arithmetic is counted; times and memory are medians over repetitions on this machine (on a CPU the "
-            "compiled step's temporaries), other work on it included; the seconds of an interrupted run are "
-            "those of its last start.")
+    text = ("Arithmetic is counted; times are medians over repetitions on this machine, other work on it included (of "
+            "an interrupted run those of its last start); memory is the first repetition's (on a CPU the compiled step's "
+            "temporaries).")
     return Section("Accuracy against compute", text, header, rows, figures.accuracy_against_compute(points, zero))
 
 
