@@ -189,8 +189,8 @@ def _cost_section(
                     results.estimate(results.mean_dice(target, arm), runs.levels(config)))
               for arm, c in costs.items()}  # fmt: skip
     text = ("Arithmetic is counted; times are medians over repetitions on this machine, other work on it included (of "
-            "an interrupted run those of its last start); memory is the first repetition's (on a CPU the compiled step's "
-            "temporaries).")
+            "an interrupted run those of its last start); memory is the first repetition's (on a CPU the compiled "
+            "step's temporaries).")
     return Section("Accuracy against compute", text, header, rows, figures.accuracy_against_compute(points, zero))
 
 
