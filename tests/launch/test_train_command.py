@@ -138,7 +138,7 @@ def test_run_stopped_while_it_preprocesses_keeps_the_finished_cases(environment,
             os.link(file, raw / name / file.name.replace(first.name, name))
     process = train(environment, *TINY, f"--config.data.root={raw}", f"--workdir={workdir}", start=True)
     deadline = time.monotonic() + 120
-    while not (done := list(tmp_path.glob("store-*/cases/*/case.json"))):
+    while not (done := list(tmp_path.glob("store-*/cases/[!.]*/case.json"))):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
