@@ -3,6 +3,9 @@
 It only ever sees the flat dictionary of trainable parameters. Frozen ones are no part of it, so they can not
 be moved, decayed, counted in the clip or given state: with frozen leaves inside, a clip or a gradient norm
 outside the partition silently brings their gradients back.
+
+What it computes, it computes on one vector per group: leaf by leaf, AdamW is some eight small kernels for each of
+a network's 228 arrays, and a third of the time that the training step took to compile.
 """
 
 import math
@@ -17,6 +20,7 @@ import optax
 from mednext_jax.peft import rules
 
 NAMES = ("adamw", "sgd")
+SHARES = 240  # a vector's length is a multiple, so that up to 6, and 8, 10, 12, 15 or 16 devices can share its state
 
 
 class Group(NamedTuple):
@@ -111,9 +115,56 @@ def _scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def make_optimizer(
-    config: Mapping[str, Any], trainable: Mapping[str, Any], new: Collection[str] = ()
-) -> optax.GradientTransformationExtraArgs:
+class Optimizer(NamedTuple):
+    """An Optax transform over a flat dict of leaves, and the parts that it is made of.
+
+    ``init(leaves)`` and ``update(gradients, state, leaves, learning_rate=...)`` are Optax's. A step that is to compile
+    fast packs once and works on what it packed.
+
+    Attributes:
+      packed: the transform over ``{group: vector}``.
+      layout: of every group its leaves in order, path and shape.
+    """
+
+    packed: optax.GradientTransformationExtraArgs
+    layout: dict[str, list[tuple[str, tuple[int, ...]]]]
+
+    def init(self, leaves: Mapping[str, Any]) -> Any:
+        return self.packed.init(self.pack(leaves))
+
+    def update(self, gradients: Mapping[str, Any], state: Any, leaves: Mapping[str, Any], *, learning_rate: Any):
+        updates, state = self.packed.update(
+            self.pack(gradients), state, self.pack(leaves), learning_rate=learning_rate
+        )
+        return self.unpack(updates), state
+
+    def pack(self, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """``{group: vector}`` of a flat dict like the trainable one, each with zeros at its end; {} of {}.
+
+        A zero whose gradient is zero stays zero under every transform that there is.
+        """
+        if not leaves:
+            return {}
+        return {group: _vector([leaves[path] for path, _ in members]) for group, members in self.layout.items()}
+
+    def unpack(self, vectors: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The flat dict that was packed."""
+        leaves = {}
+        for group, vector in vectors.items():
+            start = 0
+            for path, shape in self.layout[group]:
+                end = start + math.prod(shape)
+                leaves[path] = jax.lax.slice(vector, (start,), (end,)).reshape(shape)
+                start = end
+        return leaves
+
+
+def _vector(leaves: list[Any]) -> jax.Array:
+    rest = -sum(leaf.size for leaf in leaves) % SHARES
+    return jnp.concatenate([*(jnp.ravel(leaf) for leaf in leaves), jnp.zeros(rest, jnp.float32)])
+
+
+def make_optimizer(config: Mapping[str, Any], trainable: Mapping[str, Any], new: Collection[str] = ()) -> Optimizer:
     """The transform for these trainable leaves: clip by global norm, then each group's own chain.
 
     Use: ``updates, state = tx.update(grads, state, params, learning_rate=rate)``.
@@ -133,7 +184,11 @@ def make_optimizer(
         raise ValueError("no parameter is trainable: the method's rule froze all of them")
     groups = assign_groups(trainable, config, new)
     names = {group: f"group_{i}" for i, group in enumerate(sorted(set(groups.values())))}
+    layout = {name: [] for name in names.values()}
+    for path, leaf in sorted(trainable.items()):
+        layout[names[groups[path]]].append((path, leaf.shape))
     transforms = {name: _group_transform(group, config) for group, name in names.items()}
     clip = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
-    labels = {path: names[group] for path, group in groups.items()}
-    return optax.chain(*clip, optax.partition(transforms, labels), _scale_by_given_rate())
+    each_its_own = {name: name for name in layout}
+    packed = optax.chain(*clip, optax.partition(transforms, each_its_own), _scale_by_given_rate())
+    return Optimizer(packed, layout)

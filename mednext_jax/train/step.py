@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from mednext_jax.train import devices
+from mednext_jax.train.optimizer import Optimizer
 
 Flat = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -27,7 +28,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: int32, number of steps taken, skipped ones included.
       trainable: flat dict of parameters.
-      optimizer: state of the Optax transform, over ``trainable`` only.
+      optimizer: state of the Optax transform, over ``trainable`` only, packed as :class:`Optimizer` has it.
       ema: flat dict like ``trainable``, or an empty one without averaging.
       bad_steps: int32, number of steps skipped for a loss or gradient that was not finite.
       key: uint32 data of the run's random key; step ``k`` uses ``fold_in(key, k)``.
@@ -41,7 +42,7 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-def init_state(trainable: Flat, tx: optax.GradientTransformation, seed: int, use_ema: bool) -> TrainState:
+def init_state(trainable: Flat, tx: Optimizer, seed: int, use_ema: bool) -> TrainState:
     """The state before the first step, on the host; the average starts at the initial parameters."""
     own = devices.to_host(dict(trainable))
     # Every transform of ``optimizer.py`` starts at zero; made on a device, each shape would be a program to compile.
@@ -94,10 +95,21 @@ def _average(ema: Flat, trainable: Flat, decay: float, step: jax.Array) -> Flat:
     return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, trainable)
 
 
+def _if(wanted: jax.Array, new: Callable[[], Any], old: Any) -> Any:
+    """``new()`` or ``old``.
+
+    On CPU by a branch, whose results XLA does not compute again in every slice that is taken of them. On a GPU by a
+    selection: a branch there makes the host wait for the gradient before it can send the next batch.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.cond(wanted, new, lambda: old)
+    return jax.tree.map(lambda a, b: jnp.where(wanted, a, b), new(), old)
+
+
 def make_train_step(
     forward: Callable[[Flat, jax.Array], Any],
     loss: Callable[[Any, jax.Array], jax.Array],
-    tx: optax.GradientTransformationExtraArgs,
+    tx: Optimizer,
     augment: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
     accumulate: int = 1,
     ema_decay: float = 0.0,
@@ -107,7 +119,7 @@ def make_train_step(
     Args:
       forward: ``(all parameters as a flat dict, image (B, D, H, W, C)) -> outputs``.
       loss: ``(outputs, label (B, D, H, W)) -> scalar``.
-      tx: transform over the trainable leaves; its update takes ``learning_rate``.
+      tx: transform over the trainable leaves.
       augment: ``(key, image, label) -> (image, label)`` on the device, or None.
       accumulate: micro-batches that each batch is cut into; it must divide the batch.
       ema_decay: used if the state holds an average.
@@ -129,18 +141,20 @@ def make_train_step(
             return loss(forward({**frozen, **trainable}, image), label)
 
         value, grads = _loss_and_grads(objective, state.trainable, image, label, accumulate)
+        grads, own, ema = tx.pack(grads), tx.pack(state.trainable), tx.pack(state.ema)
         grad_norm = optax.tree.norm(grads)
-        updates, optimizer = tx.update(grads, state.optimizer, state.trainable, learning_rate=learning_rate)
-        trainable = optax.apply_updates(state.trainable, updates)
-        ema = _average(state.ema, trainable, ema_decay, state.step)
-
         good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        old = (state.trainable, state.optimizer, state.ema)
-        trainable, optimizer, ema = jax.tree.map(
-            lambda new, kept: jnp.where(good, new, kept), (trainable, optimizer, ema), old
-        )
+
+        def taken() -> tuple:
+            updates, optimizer = tx.packed.update(grads, state.optimizer, own, learning_rate=learning_rate)
+            moved = optax.apply_updates(own, updates)
+            return moved, optimizer, _average(ema, moved, ema_decay, state.step)
+
+        own, optimizer, ema = _if(good, taken, (own, state.optimizer, ema))
         bad = 1 - good.astype(jnp.int32)
-        new_state = TrainState(state.step + 1, trainable, optimizer, ema, state.bad_steps + bad, state.key)
+        new_state = TrainState(
+            state.step + 1, tx.unpack(own), optimizer, tx.unpack(ema), state.bad_steps + bad, state.key
+        )
         return new_state, {"loss": value, "grad_norm": grad_norm, "bad": bad}
 
     return step

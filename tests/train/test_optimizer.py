@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mednext_jax.train import optimizer
@@ -118,8 +119,47 @@ def test_new_parameters_warm_up_on_their_own():
 def test_optimizer_state_holds_two_moments_of_each_trainable_leaf_and_counters():
     params = tree()
     tx = optimizer.make_optimizer({**CONFIG, "layer_decay": 0.9}, params)
-    sizes = sum(leaf.size for leaf in jax.tree.leaves(tx.init(params)) if leaf.ndim)
-    assert sizes == 2 * sum(leaf.size for leaf in params.values())
+    _, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params, learning_rate=0.1)
+    vectors = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert sum(np.count_nonzero(vector) for vector in vectors) == 2 * sum(leaf.size for leaf in params.values())
+    assert all(vector.shape == (optimizer.SHARES,) for vector in vectors)
+
+
+def test_a_packed_tree_is_one_vector_per_group_and_comes_back_as_it_was():
+    random = np.random.default_rng(0)
+    params = {path: random.standard_normal(leaf.shape, np.float32) for path, leaf in tree().items()}
+    params["enc_block_0/0/conv2/kernel"] = random.standard_normal((1, 1, 1, 7, 35), np.float32)
+    tx = optimizer.make_optimizer({**CONFIG, "groups": (("out", 2.0, 1.0),)}, params)
+    vectors = tx.pack(params)
+    assert sorted(vector.shape for vector in vectors.values()) == [(240,), (240,), (480,)]  # decayed: 7 * 35 + 12
+    back = tx.unpack(vectors)
+    assert back.keys() == params.keys()
+    for path, leaf in params.items():
+        np.testing.assert_array_equal(back[path], leaf)
+    assert tx.unpack(tx.pack({})) == {}
+
+
+@pytest.mark.parametrize("name", optimizer.NAMES)
+def test_vectors_move_as_a_plain_optax_chain_moves_the_leaves(name):
+    random = np.random.default_rng(0)
+    config = {**CONFIG, "name": name, "momentum": 0.9, "clip_norm": 1.0, "groups": (("dec", 0.5, 3.0),)}
+    params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), tree())
+    tx = optimizer.make_optimizer(config, params)
+    ours, state = params, tx.init(params)
+    moments = optax.scale_by_adam(0.9, 0.99, 1e-8) if name == "adamw" else optax.trace(0.9)
+    plain = optax.chain(optax.clip_by_global_norm(1.0), moments)
+    theirs, plain_state = params, plain.init(params)
+    for _ in range(3):
+        grads = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), params)
+        updates, state = tx.update(grads, state, ours, learning_rate=0.1)
+        ours = optax.apply_updates(ours, updates)
+        updates, plain_state = plain.update(grads, plain_state, theirs)
+        factors = {path: 0.5 if path.startswith("dec") else 1.0 for path in params}
+        decay = {"stem/kernel": 0.1, "dec_block_0/adapter/up/kernel": 0.3}
+        theirs = {path: leaf - 0.1 * factors[path] * (updates[path] + decay.get(path, 0.0) * leaf)
+                  for path, leaf in theirs.items()}  # fmt: skip
+    for path, leaf in theirs.items():
+        np.testing.assert_allclose(ours[path], leaf, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
