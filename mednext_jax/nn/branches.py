@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mednext_jax.nn.layers import Conv, Weights, gelu, pointwise
+from mednext_jax.nn.layers import Conv, Weights, gelu, pointwise, voxelwise_product
 from mednext_jax.nn.voxelwise import Before, add_convolved_voxelwise
 
 
@@ -63,7 +63,7 @@ class ConvAdapter(nn.Module):
 
 def _grouped_bottleneck(y: Array, weights: tuple[Array, Array, Weights, Array | None]) -> Array:
     grouping, bias, up, scale = weights
-    out = pointwise(gelu(y @ grouping + bias.astype(y.dtype)), up)
+    out = pointwise(gelu(voxelwise_product(y, grouping) + bias.astype(y.dtype)), up)
     return out if scale is None else out * scale.astype(out.dtype)
 
 

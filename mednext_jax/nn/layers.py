@@ -159,11 +159,21 @@ def scale_shift(module: nn.Module, channels: int) -> ScaleShift:
 def pointwise(x: Array, weights: Weights) -> Array:
     """A 1x1 convolution as a matrix product: (..., in) -> (..., out), in the dtype of ``x``."""
     matrix = weights.kernel.reshape(weights.kernel.shape[-2:])
-    y = _with_bias(x @ matrix.astype(x.dtype), weights.bias)
+    y = _with_bias(voxelwise_product(x, matrix), weights.bias)
     if weights.low_rank is not None:
         low = weights.low_rank
-        y = y + (x @ low.a.astype(x.dtype)) @ low.b.astype(x.dtype) * low.scale
+        y = y + voxelwise_product(voxelwise_product(x, low.a), low.b) * low.scale
     return scaled_and_shifted(y, weights.ssf)
+
+
+def voxelwise_product(x: Array, matrix: Array) -> Array:
+    """``x @ matrix`` over the channels: (*voxels, in) and (in, out) to (*voxels, out), in the dtype of ``x``.
+
+    On rows, since the matrix's gradient is a sum over voxels: if those are several axes, XLA on CPU writes a
+    transposed copy of an operand first, a fifth of the time of a training step.
+    """
+    rows = x.reshape(-1, x.shape[-1]) @ matrix.astype(x.dtype)
+    return rows.reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 @jax.custom_vjp

@@ -43,29 +43,30 @@ def _tap_sums_by_rows(x: Array, g: Array, sizes: Sequence[int], out: Sequence[in
     batch, channels = g.shape[0], g.shape[-1]
     depth, height, width = out
     pieces = -(-height // ROWS)
-    span = stride * (width - 1) + 1
     zero = jnp.uint32(0)
 
     def piece(i: Array, totals: list[Array]) -> list[Array]:
         z, y = i // pieces, i % pieces * ROWS
         start = (zero, z + kz // 2, y + ky // 2, zero + kx // 2, zero)
-        here = jax.lax.dynamic_slice(g, start, (batch, 1, ROWS, width, channels))[:, 0].astype(dtype)
+        here = jax.lax.dynamic_slice(g, start, (batch, 1, ROWS, width, channels)).astype(dtype)
 
         def tap(t: Array, totals: list[Array]) -> list[Array]:
             start = (zero, stride * z + t // ky, stride * y + t % ky, zero, zero)
             size = (batch, 1, stride * (ROWS - 1) + 1, x.shape[3], channels)
-            seen = jax.lax.dynamic_slice(x, start, size)[:, 0, ::stride].astype(dtype)
+            seen = jax.lax.dynamic_slice(x, start, size).astype(dtype)
+            seen = window(seen, (0, 0, 0), (1, ROWS, x.shape[3]), (1, stride, 1))
+            rows = [window(here, (0, j, 0), (1, 1, width), (1, 1, 1)) for j in range(ROWS)]
 
             def added(total: Array, tx: int) -> Array:
-                near = seen[:, :, tx:tx + span:stride]
-                products = sum(near[:, j] * here[:, j] for j in range(ROWS))
-                old = jax.lax.dynamic_index_in_dim(total, t, 0)
-                return jax.lax.dynamic_update_slice_in_dim(total, old + products, t, 0)
+                near = [window(seen, (0, j, tx), (1, 1, width), (1, 1, stride)) for j in range(ROWS)]
+                products = sum(map(jax.lax.mul, near[1:], rows[1:]), near[0] * rows[0])
+                old = jax.lax.dynamic_slice_in_dim(total, t, 1)
+                return jax.lax.dynamic_update_slice_in_dim(total, old + products[None], t, 0)
 
             return [added(total, tx) for tx, total in enumerate(totals)]
 
         return counted_loop(kz * ky, tap, totals)
 
-    zeros = [jnp.zeros((kz * ky, batch, width, channels), dtype)] * kx
+    zeros = [jnp.zeros((kz * ky, batch, 1, 1, width, channels), dtype)] * kx
     totals = counted_loop(depth * pieces, piece, zeros)
-    return jnp.stack([total.sum((1, 2)) for total in totals], 1).reshape(-1, channels)
+    return jnp.stack([total.sum((1, 2, 3, 4)) for total in totals], 1).reshape(-1, channels)

@@ -34,11 +34,12 @@ def missing_rows(height: int) -> int:
     return -height % ROWS if jax.default_backend() == "cpu" else 0
 
 
-def window(padded: Array, start: Sequence[int], sizes: Sequence[int], stride: int) -> Array:
+def window(padded: Array, start: Sequence[int], sizes: Sequence[int], stride: int | Sequence[int]) -> Array:
     """``padded[:, start : start + stride * (n - 1) + 1 : stride, ..., :]`` with n given by ``sizes``."""
-    limits = [s + stride * (n - 1) + 1 for s, n in zip(start, sizes, strict=True)]
+    strides = (stride,) * len(sizes) if isinstance(stride, int) else stride
+    limits = [first + step * (n - 1) + 1 for first, step, n in zip(start, strides, sizes, strict=True)]
     return jax.lax.slice(
-        padded, (0, *start, 0), (padded.shape[0], *limits, padded.shape[-1]), (1, *(stride,) * len(sizes), 1)
+        padded, (0, *start, 0), (padded.shape[0], *limits, padded.shape[-1]), (1, *strides, 1)
     )
 
 

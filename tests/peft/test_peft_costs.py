@@ -81,17 +81,17 @@ COMPILED = {
     "head": (0.25, 0.3),
     "decoder": (0.4, 0.55),
     "last_stages": (0.8, 0.6),
-    "norm": (0.6, 0.6),
-    "bias": (0.65, 0.7),
-    "norm_bias_head": (0.65, 0.7),
-    "depthwise": (0.9, 0.8),
-    "depthwise_adapter": (0.9, 0.85),
-    "conv_adapter": (0.85, 0.95),
-    "linear_adapter": (0.65, 0.75),
-    "ssf": (0.8, 1.5),  # keeps what it scales; as much as full fine-tuning on a deeper network
-    "lora": (0.9, 0.95),
-    "paper_sequential": (1.05, 1.8),  # a whole block more per stage
-    "paper_parallel": (1.05, 1.8),
+    "norm": (0.65, 0.65),
+    "bias": (0.7, 0.75),
+    "norm_bias_head": (0.7, 0.75),
+    "depthwise": (0.9, 0.9),
+    "depthwise_adapter": (0.95, 0.95),
+    "conv_adapter": (1.0, 1.1),
+    "linear_adapter": (0.7, 0.9),
+    "ssf": (0.9, 1.7),  # keeps what it scales; as much as full fine-tuning on a deeper network
+    "lora": (0.95, 0.95),
+    "paper_sequential": (1.15, 1.8),  # a whole block more per stage
+    "paper_parallel": (1.15, 1.8),
 }
 
 
