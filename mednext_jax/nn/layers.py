@@ -191,7 +191,9 @@ def _with_bias_backward(bias: Array, g: Array) -> tuple[Array, Array]:
     if jax.default_backend() == "cpu":
         total = jnp.ones((rows.shape[0],), rows.dtype) @ rows
     else:
-        total = rows.sum(0, dtype=jnp.promote_types(g.dtype, jnp.float32))
+        # Behind the barrier g is what its dtype says; XLA would keep a float32 copy of it for the sum.
+        g = jax.lax.optimization_barrier(g)
+        total = g.reshape(rows.shape).sum(0, dtype=jnp.promote_types(g.dtype, jnp.float32))
     return g, total.astype(bias.dtype)
 
 

@@ -140,6 +140,16 @@ def test_bad_step_changes_counters_alone():
             np.testing.assert_array_equal(a, b)
 
 
+def test_a_step_as_a_gpu_takes_it_is_the_same_bad_or_not(monkeypatch):
+    data = batches(4, bad=2)
+    ours, metrics = train(data, name="adamw", ema_decay=0.9)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # selects instead of branching
+    theirs, others = train(data, name="adamw", ema_decay=0.9)
+    assert [m["bad"] for m in others] == [m["bad"] for m in metrics] == [0, 0, 1, 0]
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
 def test_finite_loss_with_a_gradient_that_is_not_finite_is_a_bad_step():
     params = {"w": np.zeros(3, np.float32)}
     tx = optimizer.make_optimizer(OPTIM, params)

@@ -1,0 +1,58 @@
+"""What is written differently for a GPU (whole arrays, one reduction per tap, sums behind a barrier), traced as for one
+and run on a CPU: the same numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mednext_jax import peft
+from mednext_jax.nn.mednext import MedNeXt, parameter_shapes
+from mednext_jax.nn.paths import flatten, unflatten
+from tests.golden.reading import FAST_COMPILE
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Call it to have all that is traced from then on traced as for a GPU."""
+
+    def switch():
+        jax.clear_caches()  # functions of blocks are traced once per shape
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    yield switch
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
+def loss_and_gradients(dim, dtype, method):
+    network = MedNeXt(n_channels=4, n_classes=3, block_counts=(1, 0, 0, 0, 0, 0, 0, 0, 0), dim=dim, dtype=dtype)
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((2, 16, 32, 48)[: int(dim[0]) + 1] + (4,)), jnp.float32)
+    base = {path: 0.2 * random.standard_normal(leaf.shape, np.float32)
+            for path, leaf in parameter_shapes(network).items()}  # fmt: skip
+    network, params = method.apply_to(network, unflatten(base), jax.random.key(1))
+    params = {path: leaf + 0.1 * random.standard_normal(leaf.shape, np.float32)
+              for path, leaf in sorted(flatten(params).items())}  # fmt: skip
+    trainable, frozen = peft.split(params, method.rule)
+
+    def loss(trainable, frozen, x):
+        return jnp.mean(jnp.square(network.apply({"params": unflatten({**frozen, **trainable})}, x)))
+
+    program = jax.jit(jax.value_and_grad(loss)).lower(trainable, frozen, x).compile(compiler_options=FAST_COMPILE)
+    value, gradients = program(trainable, frozen, x)
+    # The norm takes a bias in front of it away again: its gradient is rounding alone.
+    return float(value), {path: g for path, g in jax.device_get(gradients).items() if not path.endswith("conv1/bias")}
+
+
+@pytest.mark.parametrize(("dim", "method", "dtype", "tolerance"), [
+    ("3d", "full", jnp.float32, 2e-4), ("2d", "conv_adapter", jnp.bfloat16, 0.05),
+])  # fmt: skip
+def test_loss_and_gradients_are_those_of_the_formulation_for_cpus(dim, method, dtype, tolerance, as_on_a_gpu):
+    value, gradients = loss_and_gradients(dim, dtype, peft.create(method))
+    as_on_a_gpu()
+    other_value, others = loss_and_gradients(dim, dtype, peft.create(method))
+    assert other_value == pytest.approx(value, rel=tolerance)
+    assert others.keys() == gradients.keys()
+    for path, gradient in gradients.items():
+        assert np.linalg.norm(others[path] - gradient) <= tolerance * np.linalg.norm(gradient), path
