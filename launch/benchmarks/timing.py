@@ -171,15 +171,21 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Facts]:
     return found
 
 
-def table(found: dict[str, Any]) -> str:
-    """The rows as plain text."""
-    columns = list(dict.fromkeys(key for row in found["rows"] for key in row if key != "name"))
-    width = max(len(row["name"]) for row in found["rows"]) + 2
+def plain_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The lines of a table of rows that each have a name and numbers."""
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != "name"))
+    width = max(len(row["name"]) for row in rows) + 2
     widths = {key: max(len(key), 9) + 3 for key in columns}
     lines = [" " * width + "".join(f"{key:>{widths[key]}}" for key in columns)]
-    for row in found["rows"]:
+    for row in rows:
         cells = {key: format(row[key], ".4g") if key in row else "-" for key in columns}
         lines.append(f"{row['name']:{width}}" + "".join(f"{cells[key]:>{widths[key]}}" for key in columns))
+    return lines
+
+
+def table(found: dict[str, Any]) -> str:
+    """The rows as plain text, then ratios and ceilings."""
+    lines = plain_table(found["rows"])
     for name, ratio in found["ratio_to_peer"].items():
         lines.append(f"{name}: " + ", ".join(f"{value:.3f} of its {key}" for key, value in ratio.items()))
     limits = found["ceilings"]

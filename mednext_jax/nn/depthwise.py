@@ -182,12 +182,12 @@ def _sum_of_shifts(padded: Array, taps: Array, out: tuple[int, ...], stride: int
     """The convolution of a padded array: one shifted product per tap, all in one fused pass."""
     dtype = accumulator(padded, taps)
     dims, channels = taps.ndim - 1, taps.shape[-1]
-    # One split for all taps: an index each is what tracing a network would spend its time on.
+    # One split for all taps, and no ``jnp``: each of its operators is a function that JAX traces anew for every tap.
     one_each = jax.lax.split(taps.astype(dtype).reshape(-1, *(1,) * dims, channels), (1,) * (taps.size // channels))
-    total = sum(
-        window(padded, tap, out, stride).astype(dtype) * weight
-        for tap, weight in zip(every_tap(taps.shape[:-1]), one_each, strict=True)
-    )
+    shape = (padded.shape[0], *out, channels)
+    weights = (jax.lax.broadcast_in_dim(weight, shape, range(dims + 2)) for weight in one_each)
+    seen = (window(padded, tap, out, stride).astype(dtype) for tap in every_tap(taps.shape[:-1]))
+    total = functools.reduce(jax.lax.add, map(jax.lax.mul, seen, weights))
     return total.astype(padded.dtype)
 
 

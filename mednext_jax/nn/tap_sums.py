@@ -1,5 +1,6 @@
 """The kernel gradient of the depthwise operations: one sum over batch and space for every kernel tap."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -59,7 +60,7 @@ def _tap_sums_by_rows(x: Array, g: Array, sizes: Sequence[int], out: Sequence[in
 
             def added(total: Array, tx: int) -> Array:
                 near = [window(seen, (0, j, tx), (1, 1, width), (1, 1, stride)) for j in range(ROWS)]
-                products = sum(map(jax.lax.mul, near[1:], rows[1:]), near[0] * rows[0])
+                products = functools.reduce(jax.lax.add, map(jax.lax.mul, near, rows))
                 old = jax.lax.dynamic_slice_in_dim(total, t, 1)
                 return jax.lax.dynamic_update_slice_in_dim(total, old + products[None], t, 0)
 

@@ -154,14 +154,14 @@ class Optimizer(NamedTuple):
             start = 0
             for path, shape in self.layout[group]:
                 end = start + math.prod(shape)
-                leaves[path] = jax.lax.slice(vector, (start,), (end,)).reshape(shape)
+                leaves[path] = jax.lax.reshape(jax.lax.slice(vector, (start,), (end,)), shape)
                 start = end
         return leaves
 
 
 def _vector(leaves: list[Any]) -> jax.Array:
     rest = -sum(leaf.size for leaf in leaves) % SHARES
-    return jnp.concatenate([*(jnp.ravel(leaf) for leaf in leaves), jnp.zeros(rest, jnp.float32)])
+    return jnp.concatenate([*(jax.lax.reshape(leaf, (leaf.size,)) for leaf in leaves), jnp.zeros(rest, jnp.float32)])
 
 
 def make_optimizer(config: Mapping[str, Any], trainable: Mapping[str, Any], new: Collection[str] = ()) -> Optimizer:

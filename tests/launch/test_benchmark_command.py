@@ -161,3 +161,43 @@ def test_what_is_wrong_is_told_in_one_line(arguments, line):
     done = benchmark(*arguments)
     assert done.returncode == 1
     assert line in done.stderr and done.stderr.count("\n") == 1
+
+
+H200 = 'gpu_device_info {\n  core_count: 132\n  memory_bandwidth: 4800000000000\n}\nplatform_name: "CUDA"\n'
+
+# In a process of its own: the module sets what JAX reads when it is imported.
+ELSEWHERE = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, "launch")
+from benchmarks import elsewhere
+import jax
+{replaced}
+network = {{"variant": "S", "kernel_size": 3, "deep_supervision": False, "dtype": "float32", "remat": "mlp"}}
+print(json.dumps(elsewhere.rows(network, 16, 1, ["head"], Path(sys.argv[1]))))
+"""
+
+
+def elsewhere(path, replaced):
+    command = [sys.executable, "-c", ELSEWHERE.format(replaced=replaced), str(path)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_steps_for_a_card_that_is_not_here_say_what_they_move_and_hold(tmp_path):
+    (tmp_path / "h200.txtpb").write_text(H200)
+    here = "elsewhere._place = lambda description, gpu: jax.sharding.SingleDeviceSharding(jax.devices('cpu')[0])"
+    rows = json.loads(elsewhere(tmp_path / "h200.txtpb", here).stdout.splitlines()[-1])
+    assert [row["name"] for row in rows] == ["forward", "step of full", "step of head"]
+    forward, full, head = rows
+    assert 3 * forward["gflop"] < full["gflop"] and head["gflop"] < 1.3 * forward["gflop"]
+    assert head["gbytes"] < full["gbytes"] and 0 < head["temporaries_gb"] < full["temporaries_gb"]
+    assert all(row["bandwidth_ms"] == pytest.approx(1e3 * row["gbytes"] / 4800) for row in rows)
+
+
+def test_without_the_plugin_or_with_a_file_that_describes_no_card_one_line_says_so(tmp_path):
+    (tmp_path / "h200.txtpb").write_text(H200)
+    (tmp_path / "notes.txt").write_text("an H200")
+    absent = "elsewhere.topologies.get_topology_desc = lambda **_: (_ for _ in ()).throw(NotImplementedError())"
+    found = elsewhere(tmp_path / "h200.txtpb", absent)
+    assert "ValueError: compiling for a GPU needs JAX's CUDA plugin: pip install 'mednext_jax[cuda12]'" in found.stderr
+    assert "notes.txt names no memory_bandwidth" in elsewhere(tmp_path / "notes.txt", "").stderr

@@ -1,0 +1,94 @@
+"""What steps would hold and move on a GPU that is not here: compiled for it from its description, not run.
+
+XLA's CUDA plugin compiles without a device. What needs one is left out: autotuning, so that tiles and libraries of
+matrix products are its first guess, and every time.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+# JAX and XLA read these when they are imported.
+os.environ["JAX_PLATFORMS"] = "cpu,cuda"
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from benchmarks import ours, traffic
+from mednext_jax.nn.mednext import parameter_shapes
+from mednext_jax.nn.paths import unflatten
+from mednext_jax.peft import cost
+from mednext_jax.peft.flops import flops
+
+BANDWIDTH = re.compile(r"^\s*memory_bandwidth:\s*(\d+)", re.MULTILINE)  # bytes per second
+
+
+def rows(network: ours.Network, size: int, batch: int, names: Sequence[str], gpu: Path) -> list[dict[str, Any]]:
+    """One row for the forward pass and one for the training step of each method, ``full`` first.
+
+    Args:
+      gpu: description of the card, a GpuTargetConfigProto as text; openxla/xla has those of common cards in
+        xla/backends/gpu/target_config/specs.
+
+    Returns: GFLOP, GB that the program reads and writes, the milliseconds that the card's bandwidth takes for them,
+    GB of temporaries and of arguments, seconds of compilation.
+
+    Raises:
+      ValueError: the plugin is not installed, or does not understand the description.
+      OSError: the description cannot be read.
+    """
+    description = gpu.read_text(encoding="utf-8")
+    bandwidth = BANDWIDTH.search(description)
+    if not bandwidth:
+        raise ValueError(f"{gpu} names no memory_bandwidth: it must be a GpuTargetConfigProto as text")
+    place = _place(description, gpu)
+    model = ours.model_of(network)
+    x = jax.ShapeDtypeStruct((batch, *(size,) * 3, model.in_channels), jnp.float32)
+
+    def forward(params: dict, x: jax.Array) -> Any:
+        return model.apply({"params": unflatten(params)}, x)
+
+    works = [("forward", forward, (parameter_shapes(model), x), ())]
+    for method in [ours.method_of(name) for name in dict.fromkeys(["full", *names])]:
+        works.append((f"step of {method.name}", *cost.step_of(method, model, x), (0, 1)))
+    # The network is written differently for a GPU, by what it is traced on.
+    with mock.patch.object(jax, "default_backend", lambda: "gpu"):
+        return [_row(*work, place, float(bandwidth[1])) for work in works]
+
+
+def _place(description: str, gpu: Path) -> jax.sharding.Sharding:
+    """The one device of a machine that has one such card."""
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1")
+    except NotImplementedError as error:
+        raise ValueError("compiling for a GPU needs JAX's CUDA plugin: pip install 'mednext_jax[cuda12]'") from error
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"{gpu}: XLA does not understand this description ({error})") from error
+    mesh = topologies.make_mesh(topology, (1,), ("data",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _row(
+    name: str, function: Callable, arguments: tuple, donated: tuple, place: jax.sharding.Sharding, bandwidth: float
+) -> dict[str, Any]:
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), arguments)
+    began = time.perf_counter()
+    program = jax.jit(function, donate_argnums=donated).lower(*placed).compile()
+    seconds = time.perf_counter() - began
+    memory, moved = program.memory_analysis(), traffic.moved_bytes(program.as_text())
+    return {
+        "name": name,
+        "gflop": flops(function, *arguments) / 1e9,
+        "gbytes": moved / 1e9,
+        "bandwidth_ms": 1e3 * moved / bandwidth,
+        "temporaries_gb": memory.temp_size_in_bytes / 1e9,
+        "arguments_gb": memory.argument_size_in_bytes / 1e9,
+        "compile_seconds": seconds,
+    }
