@@ -166,7 +166,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     option("size", (data, predict), "Edge of the cubic crop or window.", type=positive, default=128)
     option("batch", (step, peft, depthwise, data, compile, elsewhere), "Patches.", type=positive, default=1)
     option("channels", (depthwise,), "Channels.", type=positive, default=32)
-    option("gpu", (elsewhere,), "Its description: a text file of openxla/xla's target_config/specs.", required=True)
+    option("gpu", (elsewhere,), "Its description, such as launch/benchmarks/h200.txtpb.", required=True)
     option("methods", (peft, elsewhere), "With commas, each a name or name:option=value; else all of them, or full.",
            type=lambda text: text.split(","), default=[])
     option("store", (data,), "Store to read; else one of noise is written and removed again.", default="")

@@ -1,7 +1,7 @@
 """What steps would hold and move on a GPU that is not here: compiled for it from its description, not run.
 
-XLA's CUDA plugin compiles without a device. What needs one is left out: autotuning, so that tiles and libraries of
-matrix products are its first guess, and every time.
+XLA's CUDA plugin compiles without a device. What needs one is left out: every time, and the choice among ways to
+multiply matrices, which XLA makes by timing them; here it is always the library's.
 """
 
 import os
@@ -13,9 +13,11 @@ from typing import Any
 from unittest import mock
 
 # JAX and XLA read these when they are imported.
-os.environ["JAX_PLATFORMS"] = "cpu,cuda"
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+os.environ |= {
+    "JAX_PLATFORMS": "cpu,cuda",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
+}
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +36,8 @@ def rows(network: ours.Network, size: int, batch: int, names: Sequence[str], gpu
     """One row for the forward pass and one for the training step of each method, ``full`` first.
 
     Args:
-      gpu: description of the card, a GpuTargetConfigProto as text; openxla/xla has those of common cards in
-        xla/backends/gpu/target_config/specs.
+      gpu: description of the card, a GpuTargetConfigProto as text, such as ``h200.txtpb`` beside this file; openxla/xla
+        has more in xla/backends/gpu/target_config/specs. Fields that the installed plugin does not know must go.
 
     Returns: GFLOP, GB that the program reads and writes, the milliseconds that the card's bandwidth takes for them,
     GB of temporaries and of arguments, seconds of compilation.
@@ -56,8 +58,8 @@ def rows(network: ours.Network, size: int, batch: int, names: Sequence[str], gpu
         return model.apply({"params": unflatten(params)}, x)
 
     works = [("forward", forward, (parameter_shapes(model), x), ())]
-    for method in [ours.method_of(name) for name in dict.fromkeys(["full", *names])]:
-        works.append((f"step of {method.name}", *cost.step_of(method, model, x), (0, 1)))
+    for name in dict.fromkeys(["full", *names]):
+        works.append((f"step of {name}", *cost.step_of(ours.method_of(name), model, x), (0, 1)))
     # The network is written differently for a GPU, by what it is traced on.
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):
         return [_row(*work, place, float(bandwidth[1])) for work in works]
@@ -70,7 +72,9 @@ def _place(description: str, gpu: Path) -> jax.sharding.Sharding:
     except NotImplementedError as error:
         raise ValueError("compiling for a GPU needs JAX's CUDA plugin: pip install 'mednext_jax[cuda12]'") from error
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"{gpu}: XLA does not understand this description ({error})") from error
+        raise ValueError(
+            f"{gpu}: XLA does not understand this description; remove the field that it names above ({error})"
+        ) from error
     mesh = topologies.make_mesh(topology, (1,), ("data",))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 

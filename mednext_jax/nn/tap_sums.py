@@ -16,19 +16,38 @@ def tap_sums(padded: Array, padded_g: Array, taps: Array, out: Sequence[int], st
 
     Args: the input and the output's gradient, both padded; ``out``: the output's spatial sizes.
     """
+    sizes = taps.shape[:-1]
+    if len(sizes) == 2:
+        padded, padded_g, sizes, out = padded[:, None], padded_g[:, None], (1, *sizes), (1, *out)
     by_rows = jax.default_backend() == "cpu"
-    sums = (_tap_sums_by_rows if by_rows else _tap_sums_at_once)(padded, padded_g, taps.shape[:-1], out, stride)
+    sums = (_tap_sums_by_rows if by_rows else _tap_sums_by_planes)(padded, padded_g, sizes, out, stride)
     return sums.reshape(taps.shape).astype(taps.dtype)
 
 
-def _tap_sums_at_once(
-    padded: Array, padded_g: Array, sizes: Sequence[int], out: Sequence[int], stride: int
-) -> Array:
-    """One reduction per tap over the whole arrays, (taps, C)."""
-    dtype = accumulator(padded, padded_g)
-    g = window(padded_g, [k // 2 for k in sizes], out, 1).astype(dtype)
-    axes = tuple(range(g.ndim - 1))
-    return jnp.stack([jnp.sum(window(padded, tap, out, stride).astype(dtype) * g, axes) for tap in every_tap(sizes)])
+def _tap_sums_by_planes(x: Array, g: Array, sizes: Sequence[int], out: Sequence[int], stride: int) -> Array:
+    """The sums for one plane of the kernel at a time, over the whole arrays, (kz, ky * kx, C): what suits a GPU.
+
+    In two reductions per tap, the first of them over ``ROWS`` rows. So short a one is a loop to XLA there, and the
+    loops of all taps become one kernel, which reads x and g once; of whole sums it puts two or three into a kernel.
+    The barrier keeps XLA from making one reduction of the two.
+    """
+    dtype = accumulator(x, g)
+    kz, *plane = sizes
+    depth, height, width = out
+    out = (depth, height + -height % ROWS, width)
+
+    def by_rows(seen: Array) -> Array:
+        return seen.astype(dtype).reshape(*seen.shape[:2], -1, ROWS, *seen.shape[-2:])
+
+    here = by_rows(window(g, [k // 2 for k in sizes], out, 1))
+
+    def one(z: Array) -> Array:
+        near = jax.lax.dynamic_slice_in_dim(x, z, stride * (depth - 1) + 1, 1)
+        products = [by_rows(window(near, (0, *tap), out, stride)) * here for tap in every_tap(plane)]
+        sums = jax.lax.optimization_barrier([product.sum(3) for product in products])
+        return jnp.stack([total.sum((0, 1, 2, 3)) for total in sums])
+
+    return jax.lax.map(one, jnp.arange(kz))
 
 
 def _tap_sums_by_rows(x: Array, g: Array, sizes: Sequence[int], out: Sequence[int], stride: int) -> Array:
@@ -38,8 +57,6 @@ def _tap_sums_by_rows(x: Array, g: Array, sizes: Sequence[int], out: Sequence[in
     over the width at the end. A third of the time of reducing each plane's product (32 channels, 64^3).
     """
     dtype = accumulator(x, g)
-    if len(sizes) == 2:
-        x, g, sizes, out = x[:, None], g[:, None], (1, *sizes), (1, *out)
     kz, ky, kx = sizes
     batch, channels = g.shape[0], g.shape[-1]
     depth, height, width = out

@@ -31,7 +31,7 @@ def padded(x: Array, widths: Sequence[tuple[int, int]]) -> Array:
 
 def missing_rows(height: int) -> int:
     """Rows that fill the last piece of the kernel gradient's loop."""
-    return -height % ROWS if jax.default_backend() == "cpu" else 0
+    return -height % ROWS
 
 
 def window(padded: Array, start: Sequence[int], sizes: Sequence[int], stride: int | Sequence[int]) -> Array:
