@@ -1,5 +1,6 @@
 """Our network's steps, depthwise operations and fine-tuning methods, as things to time."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -91,8 +92,16 @@ def method_of(text: str) -> peft.Method:
         option, separator, value = setting.partition("=")
         if not separator:
             raise ValueError(f"--methods: {setting!r} of {text!r} is no option=value, like targets=decoder")
-        options[option] = int(value) if value.isdecimal() else value
+        options[option] = _value(value)
     return peft.create(name, **options)
+
+
+def _value(text: str) -> Any:
+    """A number, true or false as JSON writes them; anything else is the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def peft_rows(

@@ -114,6 +114,12 @@ def test_rows_of_methods_say_their_share_of_full_fine_tuning(monkeypatch):
         assert ratio == adapter[name] / full[name] > 0
 
 
+def test_options_of_methods_may_be_whole_or_broken_numbers_truths_or_words():
+    method = ours.method_of("linear_adapter:ratio=0.5:targets=decoder")
+    assert (method.options["linear_adapter"]["ratio"], method.options["linear_adapter"]["targets"]) == (0.5, "decoder")
+    assert ours.method_of("conv_adapter:gamma=2:scale=false").options["conv_adapter"]["scale"] is False
+
+
 @pytest.mark.parametrize(("text", "message"), [("lora:rank", "no option=value"), ("lora:gamma=2", "no option 'gamma'")])
 def test_a_method_that_is_mistyped_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
