@@ -45,9 +45,10 @@ def _tap_sums_by_planes(x: Array, g: Array, sizes: Sequence[int], out: Sequence[
         near = jax.lax.dynamic_slice_in_dim(x, z, stride * (depth - 1) + 1, 1)
         products = [by_rows(window(near, (0, *tap), out, stride)) * here for tap in every_tap(plane)]
         sums = jax.lax.optimization_barrier([product.sum(3) for product in products])
-        return jnp.stack([total.sum((0, 1, 2, 3)) for total in sums])
+        return jnp.stack([total.sum((1, 2, 3)) for total in sums])
 
-    return jax.lax.map(one, jnp.arange(kz))
+    # Samples are added up last: where they lie on several devices, one exchange serves all planes and blocks.
+    return jax.lax.map(one, jnp.arange(kz)).sum(2)
 
 
 def _tap_sums_by_rows(x: Array, g: Array, sizes: Sequence[int], out: Sequence[int], stride: int) -> Array:
