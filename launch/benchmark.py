@@ -167,8 +167,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     option("batch", (step, peft, depthwise, data, compile, elsewhere), "Patches.", type=positive, default=1)
     option("channels", (depthwise,), "Channels.", type=positive, default=32)
     option("gpu", (elsewhere,), "Its description, such as launch/benchmarks/h200.txtpb.", required=True)
-    option("methods", (peft, elsewhere), "With commas, each a name or name:option=value; else all of them, or full.",
-           type=lambda text: text.split(","), default=[])
+    option("methods", (peft, elsewhere),
+           "Separated by commas, each a name or name:option=value (true, false, numbers, words). Without: all of them; "
+           "elsewhere full alone.", type=lambda text: text.split(","), default=[])
     option("store", (data,), "Store to read; else one of noise is written and removed again.", default="")
     option("threads", (data,), "Reading threads.", type=int, default=2)
     option("workers", (data,), "Reading processes, instead of threads.", type=int, default=0)

@@ -29,7 +29,12 @@ from mednext_jax.nn.paths import unflatten
 from mednext_jax.peft import cost
 from mednext_jax.peft.flops import flops
 
-BANDWIDTH = re.compile(r"^\s*memory_bandwidth:\s*(\d+)", re.MULTILINE)  # bytes per second
+BANDWIDTH = re.compile(r"\bmemory_bandwidth:\s*(\d+)")  # bytes per second
+# XLA divides by some of these, and takes the process down where one is missing.
+NEEDED = ("platform_name", "cuda_compute_capability", "threads_per_block_limit", "threads_per_warp",
+          "shared_memory_per_block", "shared_memory_per_core", "threads_per_core_limit", "core_count", "fpus_per_core",
+          "block_dim_limit_x", "memory_bandwidth", "l2_cache_size", "clock_rate_ghz", "device_memory_size",
+          "registers_per_core_limit", "registers_per_block_limit")  # fmt: skip
 
 
 def rows(network: ours.Network, size: int, batch: int, names: Sequence[str], gpu: Path) -> list[dict[str, Any]]:
@@ -48,8 +53,10 @@ def rows(network: ours.Network, size: int, batch: int, names: Sequence[str], gpu
     """
     description = gpu.read_text(encoding="utf-8")
     bandwidth = BANDWIDTH.search(description)
-    if not bandwidth:
-        raise ValueError(f"{gpu} names no memory_bandwidth: it must be a GpuTargetConfigProto as text")
+    missing = [name for name in NEEDED if not re.search(rf"\b{name}\b", description)]
+    if missing or not bandwidth:
+        raise ValueError(f"{gpu} has no {', '.join(missing) or 'number of bytes per second'}: it must be a "
+                         "GpuTargetConfigProto as text, like launch/benchmarks/h200.txtpb")  # fmt: skip
     place = _place(description, gpu)
     model = ours.model_of(network)
     x = jax.ShapeDtypeStruct((batch, *(size,) * 3, model.in_channels), jnp.float32)

@@ -112,7 +112,10 @@ def peft_rows(
     Each row says its share of the first's, ``full``'s.
     """
     methods = [method_of(name) for name in dict.fromkeys(["full", *(names or peft.METHODS)])]
-    costs = peft.costs(methods, model_of(network), (size,) * 3, batch, compiled=True, timed_steps=repeats)
+    model = model_of(network)
+    for method in methods:
+        method.shapes_on(model)  # refuses one that does not fit before others are compiled
+    costs = peft.costs(methods, model, (size,) * 3, batch, compiled=True, timed_steps=repeats)
     rows = [asdict(cost) for cost in costs]
     for row in rows:
         shares = ("step_flops", "predict_flops", "temporary_bytes", "step_seconds")

@@ -2,7 +2,8 @@
 
 XLA's own figure counts the body of a loop once; here it counts as often as the loop runs. A fusion reads its operands
 and writes its result once; of an operand that it only cuts a slice from it reads the slice, and of an array that it
-updates in place it writes the update. Caches are not modelled: what stays in one costs less than its bytes say.
+updates in place it writes the update. The scratch space of a library's call is not counted. Caches are not modelled:
+what stays in one costs less than its bytes say.
 """
 
 import math
@@ -16,6 +17,7 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_SCRATCH = re.compile(r", s8\[\d+\]\S*\)$")  # beside the result of a library's call on a GPU
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
          "opt-barrier", "copy-done", "all-gather-done", "all-reduce-done"}  # fmt: skip
 _SLICES = {"dynamic-slice", "slice", "gather"}
@@ -55,6 +57,7 @@ def _parse(program: str) -> tuple[dict[str, _Computation], str]:
             entry = head[2] if head[1] else entry
         elif match := _INSTRUCTION.match(line):
             root, name, shape, kind, rest = match.groups()
+            shape = _SCRATCH.sub(")", shape) if kind == "custom-call" else shape
             arguments = _until_closed(rest)
             current.instructions[name] = _Instruction(kind, _size(shape), re.findall(r"%([\w.\-]+)", arguments), rest)
             if kind == "parameter":

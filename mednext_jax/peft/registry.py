@@ -110,6 +110,9 @@ def create(method: str, **options: Any) -> Method:
         if not any(option in defaults for defaults in known):
             takes = ", ".join(dict.fromkeys(key for defaults in known for key in defaults)) or "no options"
             raise ValueError(f"method {method!r} has no option {option!r}; it takes {takes}")
+    for option, value in given.items():
+        if any(isinstance(defaults.get(option), bool) for defaults in known) and not isinstance(value, bool):
+            raise ValueError(f"method {method!r}: {option} is {value!r}; it must be true or false")
     parts = [
         _create_one(name, {key: given.get(key, value) for key, value in defaults.items()})
         for name, defaults in zip(names, known, strict=True)

@@ -55,6 +55,16 @@ def test_the_dearest_branch_counts():
     assert 3 * x.nbytes <= moved(either, 1, x, x) < 3 * x.nbytes + 100
 
 
+def test_the_scratch_space_of_a_library_is_not_moved():
+    program = """ENTRY %main (a: f32[8,4], b: f32[4,16]) -> f32[8,16] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %b = f32[4,16]{1,0} parameter(1)
+  %product = (f32[8,16]{1,0}, s8[33554432]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm"
+  ROOT %result = f32[8,16]{1,0} get-tuple-element(%product), index=0
+}"""
+    assert traffic.moved_bytes(program) == 4 * (8 * 4 + 4 * 16 + 8 * 16)
+
+
 def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no entry computation"):
         traffic.moved_bytes("HloModule empty")
@@ -120,7 +130,10 @@ def test_options_of_methods_may_be_whole_or_broken_numbers_truths_or_words():
     assert ours.method_of("conv_adapter:gamma=2:scale=false").options["conv_adapter"]["scale"] is False
 
 
-@pytest.mark.parametrize(("text", "message"), [("lora:rank", "no option=value"), ("lora:gamma=2", "no option 'gamma'")])
+@pytest.mark.parametrize(("text", "message"), [
+    ("lora:rank", "no option=value"), ("lora:gamma=2", "no option 'gamma'"),
+    ("conv_adapter:scale=maybe", "scale is 'maybe'; it must be true or false"),
+])
 def test_a_method_that_is_mistyped_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         ours.method_of(text)
@@ -169,8 +182,7 @@ def test_what_is_wrong_is_told_in_one_line(arguments, line):
     assert line in done.stderr and done.stderr.count("\n") == 1
 
 
-H200 = 'gpu_device_info {\n  core_count: 132\n  memory_bandwidth: 4800000000000\n}\nplatform_name: "CUDA"\n'
-
+H200 = ROOT / "launch" / "benchmarks" / "h200.txtpb"
 # In a process of its own: the module sets what JAX reads when it is imported.
 ELSEWHERE = """
 import json, sys
@@ -189,10 +201,9 @@ def elsewhere(path, replaced):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_steps_for_a_card_that_is_not_here_say_what_they_move_and_hold(tmp_path):
-    (tmp_path / "h200.txtpb").write_text(H200)
+def test_steps_for_a_card_that_is_not_here_say_what_they_move_and_hold():
     here = "elsewhere._place = lambda description, gpu: jax.sharding.SingleDeviceSharding(jax.devices('cpu')[0])"
-    rows = json.loads(elsewhere(tmp_path / "h200.txtpb", here).stdout.splitlines()[-1])
+    rows = json.loads(elsewhere(H200, here).stdout.splitlines()[-1])
     assert [row["name"] for row in rows] == ["forward", "step of full", "step of head"]
     forward, full, head = rows
     assert 3 * forward["gflop"] < full["gflop"] and head["gflop"] < 1.3 * forward["gflop"]
@@ -201,9 +212,8 @@ def test_steps_for_a_card_that_is_not_here_say_what_they_move_and_hold(tmp_path)
 
 
 def test_without_the_plugin_or_with_a_file_that_describes_no_card_one_line_says_so(tmp_path):
-    (tmp_path / "h200.txtpb").write_text(H200)
-    (tmp_path / "notes.txt").write_text("an H200")
+    (tmp_path / "notes.txt").write_text("gpu_device_info { memory_bandwidth: 4800000000000 }")
     absent = "elsewhere.topologies.get_topology_desc = lambda **_: (_ for _ in ()).throw(NotImplementedError())"
-    found = elsewhere(tmp_path / "h200.txtpb", absent)
+    found = elsewhere(H200, absent)
     assert "ValueError: compiling for a GPU needs JAX's CUDA plugin: pip install 'mednext_jax[cuda12]'" in found.stderr
-    assert "notes.txt names no memory_bandwidth" in elsewhere(tmp_path / "notes.txt", "").stderr
+    assert "notes.txt has no platform_name, cuda_compute_cap" in elsewhere(tmp_path / "notes.txt", "").stderr
