@@ -20,7 +20,7 @@ import optax
 from mednext_jax.peft import rules
 
 NAMES = ("adamw", "sgd")
-SHARES = 240  # a vector's length is a multiple, so that up to 6, and 8, 10, 12, 15 or 16 devices can share its state
+SHARES = 48  # a vector's length is a multiple, so that 2, 3, 4, 6, 8, 12, 16 or 24 devices can share its state
 
 
 class Group(NamedTuple):

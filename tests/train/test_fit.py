@@ -12,7 +12,7 @@ import pytest
 
 from mednext_jax import modeldir, peft
 from mednext_jax.nn import paths
-from mednext_jax.train import loop
+from mednext_jax.train import loop, optimizer
 from mednext_jax.train.checkpoints import describe_record
 from mednext_jax.train.preemption import Interrupted, StopRequests
 
@@ -200,7 +200,7 @@ def test_damaged_checkpoint_stops_the_run_until_it_is_told_to_go_back(straight, 
     folder = tmp_path / "copy"
     shutil.copytree(straight, folder)
     file = max((folder / "checkpoints/6/state").rglob("*"), key=lambda f: f.is_file() and f.stat().st_size)
-    file.write_bytes(file.read_bytes()[:-9])
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])  # its end need not belong to any leaf
     with pytest.raises(ValueError, match="--config.resume_step=4"):
         loop.fit(config, open_data(config), folder)
     config.resume_step = 4
@@ -372,7 +372,9 @@ def test_adapter_run_saves_the_adapter_alone_and_small_checkpoints(straight, ada
     assert frozen and not any(path.endswith(f"/{name}") for path in leaves for name in frozen)
     own = sum(leaf.nbytes for leaf in adapter.tensors.values())
     size = sum(math.prod(leaf["shape"]) * np.dtype(leaf["dtype"]).itemsize for leaf in leaves.values())
-    assert size < 4 * own + 100  # two moments and an average of what is trained, and counters
+    vectors = [leaf for leaf in leaves.values() if leaf["shape"] and leaf["shape"][0] % optimizer.SHARES == 0]
+    filled_up = 4 * len(vectors) * (optimizer.SHARES - 1)
+    assert size < 4 * own + filled_up + 100  # two moments and an average of what is trained, and counters
     assert size < sum(leaf.nbytes for leaf in paths.flatten(base).values())
 
 
