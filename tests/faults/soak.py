@@ -64,7 +64,7 @@ def damage(good: Path, scratch: Path) -> dict[str, Any]:
     )
     found.faults += runs.faults
     if damage.namespaces_work():
-        sizes = ["64k", "400k", "1100k", "1600k", "1900k"]
+        sizes = ["64k", "400k", "1100k", "1350k", "1600k"]
         disks = damage.fill_disks(flags, straight, scratch, sizes)
         rows |= {f"{kind}": f"{disks.tried[kind]} tried, {disks.detected[kind]} ended in one line and went on after"
                  for kind in disks.tried}  # fmt: skip
