@@ -104,11 +104,11 @@ def compile(options: argparse.Namespace) -> Result:
     return timing.result(compiling.rows(workdir.plain(config), options.repeats))
 
 
-def elsewhere(options: argparse.Namespace) -> Result:
+def deviceless(options: argparse.Namespace) -> Result:
     """Memory and traffic of steps on a GPU that is not here: compiled for it from its description, not run."""
-    from benchmarks import elsewhere, timing
+    from benchmarks import deviceless, timing
 
-    rows = elsewhere.rows(network_of(options), options.size, options.batch, options.methods, Path(options.gpu))
+    rows = deviceless.rows(network_of(options), options.size, options.batch, options.methods, Path(options.gpu))
     return {"command": sys.argv, "table": "\n".join(timing.plain_table(rows)), "rows": rows}
 
 
@@ -146,7 +146,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(prog="benchmark.py", description=__doc__, formatter_class=raw)
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     added = {}
-    for run in (step, peft, depthwise, data, predict, compile, elsewhere):
+    for run in (step, peft, depthwise, data, predict, compile, deviceless):
         added[run] = parsers.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         added[run].set_defaults(run=run)
 
@@ -155,21 +155,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         for run in commands:
             added[run].add_argument(f"--{name}", help=text, **more)
 
-    every, networks = tuple(added), (step, peft, data, predict, compile, elsewhere)
+    every, networks = tuple(added), (step, peft, data, predict, compile, deviceless)
     peers = (step, depthwise, predict)
     option("variant", networks, "Network.", choices=["S", "B", "M", "L"], default="S")
     option("kernel_size", networks, "Kernel size of the network.", type=int, choices=[3, 5], default=3)
     option("deep_supervision", networks, "All five heads.", action="store_true")
     option("remat", networks, "What the backward pass computes again.", choices=["none", "mlp", "block"], default="mlp")
     option("dtype", every, "Compute type.", choices=["float32", "bfloat16"], default="float32")
-    option("size", (step, peft, depthwise, compile, elsewhere), "Edge of the cubic patch.", type=positive, default=64)
+    option("size", (step, peft, depthwise, compile, deviceless), "Edge of the cubic patch.", type=positive, default=64)
     option("size", (data, predict), "Edge of the cubic crop or window.", type=positive, default=128)
-    option("batch", (step, peft, depthwise, data, compile, elsewhere), "Patches.", type=positive, default=1)
+    option("batch", (step, peft, depthwise, data, compile, deviceless), "Patches.", type=positive, default=1)
     option("channels", (depthwise,), "Channels.", type=positive, default=32)
-    option("gpu", (elsewhere,), "Its description, such as launch/benchmarks/h200.txtpb.", required=True)
-    option("methods", (peft, elsewhere),
+    option("gpu", (deviceless,), "Its description, such as launch/benchmarks/h200.txtpb.", required=True)
+    option("methods", (peft, deviceless),
            "Separated by commas, each a name or name:option=value (true, false, numbers, words). Without: all of them; "
-           "elsewhere full alone.", type=lambda text: text.split(","), default=[])
+           "deviceless full alone.", type=lambda text: text.split(","), default=[])
     option("store", (data,), "Store to read; else one of noise is written and removed again.", default="")
     option("threads", (data,), "Reading threads.", type=int, default=2)
     option("workers", (data,), "Reading processes, instead of threads.", type=int, default=0)
@@ -180,7 +180,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     option("peer", peers, "Checkout of upstream MedNeXt to time beside ours.", default="")
     option("peer_compile", (step, predict), "Also time the peer under torch.compile.", action="store_true")
     option("skip_memory", (step, predict), "Leave the runs out that measure peak memory.", action="store_true")
-    option("repeats", [run for run in every if run is not elsewhere], "Timed runs of each.", type=positive, default=3)
+    option("repeats", [run for run in every if run is not deviceless], "Timed runs of each.", type=positive, default=3)
     option("json", every, "Write the figures to this file too.", default="")
     return parser.parse_args(argv[1:])
 

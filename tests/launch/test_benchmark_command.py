@@ -184,26 +184,26 @@ def test_what_is_wrong_is_told_in_one_line(arguments, line):
 
 H200 = ROOT / "launch" / "benchmarks" / "h200.txtpb"
 # In a process of its own: the module sets what JAX reads when it is imported.
-ELSEWHERE = """
+DEVICELESS = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, "launch")
-from benchmarks import elsewhere
+from benchmarks import deviceless
 import jax
 {replaced}
 network = {{"variant": "S", "kernel_size": 3, "deep_supervision": False, "dtype": "float32", "remat": "mlp"}}
-print(json.dumps(elsewhere.rows(network, 16, 1, ["head"], Path(sys.argv[1]))))
+print(json.dumps(deviceless.rows(network, 16, 1, ["head"], Path(sys.argv[1]))))
 """
 
 
-def elsewhere(path, replaced):
-    command = [sys.executable, "-c", ELSEWHERE.format(replaced=replaced), str(path)]
+def deviceless(path, replaced):
+    command = [sys.executable, "-c", DEVICELESS.format(replaced=replaced), str(path)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_steps_for_a_card_that_is_not_here_say_what_they_move_and_hold():
-    here = "elsewhere._place = lambda description, gpu: jax.sharding.SingleDeviceSharding(jax.devices('cpu')[0])"
-    rows = json.loads(elsewhere(H200, here).stdout.splitlines()[-1])
+    here = "deviceless._place = lambda description, gpu: jax.sharding.SingleDeviceSharding(jax.devices('cpu')[0])"
+    rows = json.loads(deviceless(H200, here).stdout.splitlines()[-1])
     assert [row["name"] for row in rows] == ["forward", "step of full", "step of head"]
     forward, full, head = rows
     assert 3 * forward["gflop"] < full["gflop"] and head["gflop"] < 1.3 * forward["gflop"]
@@ -213,7 +213,7 @@ def test_steps_for_a_card_that_is_not_here_say_what_they_move_and_hold():
 
 def test_without_the_plugin_or_with_a_file_that_describes_no_card_one_line_says_so(tmp_path):
     (tmp_path / "notes.txt").write_text("gpu_device_info { memory_bandwidth: 4800000000000 }")
-    absent = "elsewhere.topologies.get_topology_desc = lambda **_: (_ for _ in ()).throw(NotImplementedError())"
-    found = elsewhere(H200, absent)
+    absent = "deviceless.topologies.get_topology_desc = lambda **_: (_ for _ in ()).throw(NotImplementedError())"
+    found = deviceless(H200, absent)
     assert "ValueError: compiling for a GPU needs JAX's CUDA plugin: pip install 'mednext_jax[cuda12]'" in found.stderr
-    assert "notes.txt has no platform_name, cuda_compute_cap" in elsewhere(tmp_path / "notes.txt", "").stderr
+    assert "notes.txt has no platform_name, cuda_compute_cap" in deviceless(tmp_path / "notes.txt", "").stderr

@@ -1,5 +1,5 @@
-"""What is written differently for a GPU (whole arrays, one reduction per tap, sums behind a barrier), traced as for one
-and run on a CPU: the same numbers."""
+"""What is written differently for a GPU (whole arrays, kernel gradients by planes, sums behind a barrier), traced as
+for one and run on a CPU: the same numbers."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """What steps would hold and move on a GPU that is not here: compiled for it from its description, not run.
 
-XLA's CUDA plugin compiles without a device. What needs one is left out: every time, and the choice among ways to
-multiply matrices, which XLA makes by timing them; here it is always the library's.
+XLA's CUDA plugin compiles without a device ("deviceless" is its word). What needs one is left out: every time,
+and the choice among ways to multiply matrices, which XLA makes by timing them; here it is always the library's.
 """
 
 import os
