@@ -80,7 +80,7 @@ def checked_taps(x: Array, kernel: Array) -> Array:
                          f"it must be (*k, 1, {x.shape[-1]})")
     if any(k % 2 == 0 for k in sizes):
         raise ValueError(f"depthwise: kernel sizes must be odd, got {sizes}")
-    return kernel.reshape(*sizes, x.shape[-1])
+    return jax.lax.reshape(kernel, (*sizes, x.shape[-1]))
 
 
 @jax.tree_util.register_static

@@ -3,23 +3,26 @@
 A layer module only declares its parameters and hands them out as a :class:`Weights`; what is computed with them is
 plain functions, so that blocks can run expansion, GELU and compression slab by slab without lifted transforms.
 LoRA and SSF live here, as further leaves of the layer they adapt.
+
+What every block does is written in ``jax.lax``: JAX traces each function of ``jax.numpy`` anew for every shape, and a
+network has a dozen shapes of blocks.
 """
 
 import functools
 import math
-from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from mednext_jax.nn import depthwise
 from mednext_jax.nn.adapters import Adapter, at_site
+from mednext_jax.nn.initial_weights import torch_uniform
 
 EPSILON = 1e-5  # torch's GroupNorm and upstream's LayerNorm
+FEW_INPUTS = 4  # modalities up to which the stem is bound by bytes, not by arithmetic
 
 
 @flax.struct.dataclass
@@ -49,46 +52,6 @@ class Weights:
     low_rank: LowRank | None = None
     ssf: ScaleShift | None = None
     branch: Array | None = None  # kernel of a parallel linear depthwise branch
-
-
-def torch_uniform(fan_in: int):
-    """Uniform within ``1 / sqrt(fan_in)``: torch's default for convolutions, kernel and bias alike."""
-
-    bound = fan_in**-0.5
-
-    def initializer(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array | np.ndarray:
-        return uniform_by_hash(key, shape, bound).astype(dtype)
-
-    return initializer
-
-
-def uniform_by_hash(key: Array, shape: tuple[int, ...], bound: float) -> Array | np.ndarray:
-    """Uniform float32 numbers in [-bound, bound): two rounds of an integer hash (murmur3's finaliser) of key and
-    position.
-
-    For initial weights only. A network draws some two hundred arrays, and as many calls of ``jax.random.uniform`` take
-    14 s to compile on CPU. This takes 1 s in a compiled program, and outside of one NumPy does it, with the same bits.
-    """
-    if isinstance(key, jax.core.Tracer):
-        return _traced_hash(jax.random.key_data(key), shape, bound)
-    return _hash(np, np.asarray(jax.random.key_data(key)), shape, bound)
-
-
-def _hash(numpy: Any, key_data: Any, shape: tuple[int, ...], bound: float) -> Any:
-    """The numbers by NumPy or by ``jax.numpy``."""
-    first, second = key_data[:2]
-    bits = numpy.arange(math.prod(shape), dtype=numpy.uint32) * numpy.uint32(0x9E3779B9)
-    for word in (first, second):
-        bits = bits + word
-        bits = (bits ^ (bits >> 16)) * numpy.uint32(0x85EBCA6B)
-        bits = (bits ^ (bits >> 13)) * numpy.uint32(0xC2B2AE35)
-        bits = bits ^ (bits >> 16)
-    unit = ((bits >> 8).astype(numpy.float32) * 2.0**-24).reshape(shape)
-    return (2 * unit - 1) * numpy.float32(bound)
-
-
-# Traced once per shape: every ``apply`` asks for all shapes again.
-_traced_hash = jax.jit(functools.partial(_hash, jnp), static_argnums=(1, 2))
 
 
 class Conv(nn.Module):
@@ -160,10 +123,14 @@ def scale_shift(module: nn.Module, channels: int) -> ScaleShift:
     )
 
 
-def pointwise(x: Array, weights: Weights) -> Array:
-    """A 1x1 convolution as a matrix product: (..., in) -> (..., out), in the dtype of ``x``."""
-    matrix = weights.kernel.reshape(weights.kernel.shape[-2:])
-    y = _with_bias(voxelwise_product(x, matrix), weights.bias)
+def pointwise(x: Array, weights: Weights, few_inputs: bool = False) -> Array:
+    """A 1x1 convolution as a matrix product: (..., in) -> (..., out), in the dtype of ``x``.
+
+    Args:
+      few_inputs: as a sum over the inputs instead, which then are few.
+    """
+    matrix = jax.lax.reshape(weights.kernel, weights.kernel.shape[-2:])
+    y = _with_bias((sum_over_inputs if few_inputs else voxelwise_product)(x, matrix), weights.bias)
     if weights.low_rank is not None:
         low = weights.low_rank
         y = y + voxelwise_product(voxelwise_product(x, low.a), low.b) * low.scale
@@ -176,13 +143,37 @@ def voxelwise_product(x: Array, matrix: Array) -> Array:
     On rows, since the matrix's gradient is a sum over voxels: if those are several axes, XLA on CPU writes a
     transposed copy of an operand first, a fifth of the time of a training step.
     """
-    rows = x.reshape(-1, x.shape[-1]) @ matrix.astype(x.dtype)
-    return rows.reshape(*x.shape[:-1], matrix.shape[-1])
+    product = jax.lax.dot(_rows(x), jax.lax.convert_element_type(matrix, x.dtype))
+    return jax.lax.reshape(product, (*x.shape[:-1], matrix.shape[-1]))
+
+
+def _rows(x: Array) -> Array:
+    return jax.lax.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
+
+
+@jax.custom_vjp
+def sum_over_inputs(x: Array, matrix: Array) -> Array:
+    """What :func:`voxelwise_product` gives, of few inputs: a product is written, read and written again with its bias,
+    a sum is made again wherever it is used.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    columns = jnp.split(x.astype(wide), x.shape[-1], -1)
+    rows = matrix.astype(x.dtype).astype(wide)
+    products = (column * row for column, row in zip(columns, rows, strict=True))
+    return functools.reduce(jax.lax.add, products).astype(x.dtype)
+
+
+def _sum_over_inputs_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    return jax.vjp(voxelwise_product, *saved)[1](g)
+
+
+sum_over_inputs.defvjp(lambda *operands: (sum_over_inputs(*operands), operands), _sum_over_inputs_backward)
 
 
 @jax.custom_vjp
 def _with_bias(y: Array, bias: Array) -> Array:
-    return y + bias.astype(y.dtype)
+    bias = jax.lax.convert_element_type(bias, y.dtype)
+    return jax.lax.add(y, jax.lax.broadcast_in_dim(bias, y.shape, (y.ndim - 1,)))
 
 
 def _with_bias_backward(bias: Array, g: Array) -> tuple[Array, Array]:
@@ -191,9 +182,9 @@ def _with_bias_backward(bias: Array, g: Array) -> tuple[Array, Array]:
     XLA would fuse the sum with the convolution gradient that makes g, but only its additions, and keep an array per
     kernel tap (1.6 GB in a step that trains norms and biases at 64^3; without, 0.43).
     """
-    rows = g.reshape(-1, g.shape[-1])
+    rows = _rows(g)
     if jax.default_backend() == "cpu":
-        total = jnp.ones((rows.shape[0],), rows.dtype) @ rows
+        total = jax.lax.dot(jax.lax.full((rows.shape[0],), 1, rows.dtype), rows)
     else:
         # Behind the barrier g is what its dtype says; XLA would keep a float32 copy of it for the sum.
         g = jax.lax.optimization_barrier(g)
@@ -209,8 +200,9 @@ def gelu(x: Array) -> Array:
 
     By erf; ``jax.nn.gelu`` goes by erfc, which keeps digits of values below 1e-7 and costs half as much again on CPU.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+    wide = jax.lax.convert_element_type(x, jnp.promote_types(x.dtype, jnp.float32))
+    gate = jax.lax.add(1.0, jax.lax.erf(jax.lax.mul(wide, math.sqrt(0.5))))
+    return jax.lax.convert_element_type(jax.lax.mul(jax.lax.mul(0.5, wide), gate), x.dtype)
 
 
 def scaled_and_shifted(y: Array, ssf: ScaleShift | None) -> Array:

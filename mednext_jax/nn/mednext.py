@@ -26,7 +26,7 @@ from mednext_jax.nn.blocks import (
     check_dim,
     hosted,
 )
-from mednext_jax.nn.layers import Conv, pointwise
+from mednext_jax.nn.layers import FEW_INPUTS, Conv, pointwise
 from mednext_jax.nn.paths import flatten
 
 STAGES = ("enc_block_0", "enc_block_1", "enc_block_2", "enc_block_3", "bottleneck",
@@ -48,7 +48,8 @@ class Stem(Conv):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return hosted(self, x, pointwise(x, self.declare(x.shape[-1])))
+        inputs = x.shape[-1]
+        return hosted(self, x, pointwise(x, self.declare(inputs), few_inputs=inputs <= FEW_INPUTS))
 
 
 class Stage(nn.Module):
