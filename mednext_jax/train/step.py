@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mednext_jax.train import devices
+from mednext_jax.train import devices, last_program
 from mednext_jax.train.optimizer import Optimizer
 
 Flat = dict[str, Any]
@@ -207,4 +207,4 @@ def _compiled(step: Callable, mesh: jax.sharding.Mesh, structure: Any, leaves: t
     jitted = jax.jit(
         step, in_shardings=(held, same, split, same), out_shardings=(held, same), donate_argnums=0
     )
-    return jitted.lower(*shapes).compile()
+    return last_program.compiled(jitted, shapes, list(mesh.devices.flat))
