@@ -12,6 +12,7 @@ import hashlib
 import os
 import pickle
 import platform
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ import jaxlib
 from jax.experimental import serialize_executable
 
 FOLDER = "last_programs"  # in JAX's compilation cache
+KEEPER = "keeper of the last program"
 
 # What JAX reports when it has compiled a program and kept it. One that it found in its cache must not be written down:
 # read again, that lacks functions and fails when it runs (jaxlib 0.10.2, CPU).
@@ -58,8 +60,8 @@ def compiled(jitted: Any, arguments: tuple, devices: Sequence[jax.Device]) -> ja
         return program
     with _events() as events:
         program = lowered.compile()
-    if PUT_INTO_THE_CACHE in events:
-        _keep(file, identity, program)
+    if PUT_INTO_THE_CACHE in events:  # half a second's work, which the first steps need not wait for
+        threading.Thread(target=_keep, args=(file, identity, program), name=KEEPER).start()
     return program
 
 

@@ -121,6 +121,7 @@ def test_frozen_kernel_keeps_no_input_and_a_frozen_input_gets_no_gradient():
         assert sum(len(size) == 5 and size[0] == 2 for size in sizes) == kept
 
 
+@pytest.mark.usefixtures("either_formulation")
 def test_depthwise_works_under_vmap_remat_and_a_second_derivative():
     x, w = arrays((4, 5, 3), (3, 3, 3), channels=2)
 
@@ -145,6 +146,7 @@ def test_bfloat16_keeps_its_dtype_and_accumulates_in_float32():
     assert np.max(np.abs(y.astype(np.float32) - exact) / (1 + np.abs(exact))) < 2**-8
 
 
+@pytest.mark.usefixtures("either_formulation")
 def test_depthwise_sharded_over_the_batch_gives_the_same_and_moves_nothing_but_the_kernel_gradient():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     x, w = arrays((4, 6, 5), (3, 3, 3), batch=4)

@@ -12,19 +12,6 @@ from mednext_jax.nn.paths import flatten, unflatten
 from tests.golden.reading import FAST_COMPILE
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Call it to have all that is traced from then on traced as for a GPU."""
-
-    def switch():
-        jax.clear_caches()  # functions of blocks are traced once per shape
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-
-    yield switch
-    monkeypatch.undo()
-    jax.clear_caches()
-
-
 def loss_and_gradients(dim, dtype, method):
     network = MedNeXt(n_channels=4, n_classes=3, block_counts=(1, 0, 0, 0, 0, 0, 0, 0, 0), dim=dim, dtype=dtype)
     random = np.random.default_rng(0)

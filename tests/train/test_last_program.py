@@ -1,6 +1,7 @@
 """The program of the last run is used if it is the one that this run wants, and never otherwise."""
 
 import gc
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,9 @@ def compiled(factor: float = 2.0, devices: int = 1, first: int = 0):
     jitted = jax.jit(lambda x, tree: x * factor + tree["w"].sum(), in_shardings=(split, same), out_shardings=split,
                      donate_argnums=0)  # fmt: skip
     program = last_program.compiled(jitted, SHAPES, list(mesh.devices.flat))
+    for thread in threading.enumerate():
+        if thread.name == last_program.KEEPER:
+            thread.join()
     x, tree = jax.device_put(ARGUMENTS[0], split), jax.device_put(ARGUMENTS[1], same)
     assert np.asarray(program(x, tree)) == pytest.approx(ARGUMENTS[0] * factor + 6)
     assert x.is_deleted()
