@@ -132,7 +132,7 @@ class Run:
 
     def compile(self) -> Any:
         """The compiled step; says how long it took and what it costs."""
-        self.log.say("compiling the training step (a minute or two on a CPU)")
+        self.log.say("compiling the training step (up to a minute or two on a CPU, seconds if it was before)")
         started, batch = time.monotonic(), experiment.batch_shapes(self.config, len(self.data.contract.channels))
         compiled = compile_step(self.parts.step, self.mesh, self.state, self.frozen, batch, self.shard_optimizer)
         devices.meet("compiled")
