@@ -7,8 +7,8 @@ r"""Measures speed and memory on this machine, beside its ceilings and beside up
 
 Times are medians of runs that alternate; a ratio is ours over the peer's. FLOPs and bytes are those of the compiled
 program, loops counted as often as they run; floor_share is the time that the machine's measured ceilings (copying,
-multiplying matrices in float32) allow, over the time taken. --peer takes a checkout of MIC-DKFZ/MedNeXt and needs
-PyTorch.
+multiplying matrices in float32) allow, over the time taken; what stays in a cache can bring it above 1. --peer takes a
+checkout of MIC-DKFZ/MedNeXt and needs PyTorch.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +126,18 @@ def three(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def positive(text: str) -> int:
-    """Reads a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """Reads a whole number that is not below ``least``."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {least}")
+        return int(text)
+
+    return read
+
+
+positive = at_least(1)
 
 
 class OneLineParser(argparse_flags.ArgumentParser):
@@ -171,8 +178,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
            "Separated by commas, each a name or name:option=value (true, false, numbers, words). Without: all of them; "
            "deviceless full alone.", type=lambda text: text.split(","), default=[])
     option("store", (data,), "Store to read; else one of noise is written and removed again.", default="")
-    option("threads", (data,), "Reading threads.", type=int, default=2)
-    option("workers", (data,), "Reading processes, instead of threads.", type=int, default=0)
+    option("threads", (data,), "Reading threads.", type=positive, default=2)
+    option("workers", (data,), "Reading processes, instead of threads.", type=at_least(0), default=0)
     option("skip_step", (data,), "Leave the step's demand out.", action="store_true")
     option("volume", (predict,), "Size of the volume.", type=three, default=(240, 240, 155))
     option("overlap", (predict,), "Share of a window that its neighbour covers.", type=float, default=0.5)
@@ -188,6 +195,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(options: argparse.Namespace) -> None:
     """Runs one sub-command and prints its table; ValueError or OSError for options that do not fit."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a card
+    if options.json and not Path(options.json).absolute().parent.is_dir():  # before the work, not after it
+        raise ValueError(f"--json={options.json}: there is no such folder; make it or give another path")
     found = options.run(options)
     from benchmarks import timing
 

@@ -64,23 +64,21 @@ def _tap_sums_by_rows(x: Array, g: Array, sizes: Sequence[int], out: Sequence[in
     pieces = -(-height // ROWS)
     zero = jnp.uint32(0)
 
-    def each_row(rows: Array) -> Sequence[Array]:
-        return jax.lax.split(rows.astype(dtype), (1,) * ROWS, 2)  # one operation to trace
-
     def piece(i: Array, totals: list[Array]) -> list[Array]:
         z, y = i // pieces, i % pieces * ROWS
         start = (zero, z + kz // 2, y + ky // 2, zero + kx // 2, zero)
-        here = each_row(jax.lax.dynamic_slice(g, start, (batch, 1, ROWS, width, channels)))
+        here = jax.lax.dynamic_slice(g, start, (batch, 1, ROWS, width, channels)).astype(dtype)
 
         def tap(t: Array, totals: list[Array]) -> list[Array]:
             start = (zero, stride * z + t // ky, stride * y + t % ky, zero, zero)
             size = (batch, 1, stride * (ROWS - 1) + 1, x.shape[3], channels)
-            seen = jax.lax.dynamic_slice(x, start, size)
+            seen = jax.lax.dynamic_slice(x, start, size).astype(dtype)
             seen = window(seen, (0, 0, 0), (1, ROWS, x.shape[3]), (1, stride, 1))
+            rows = [window(here, (0, j, 0), (1, 1, width), (1, 1, 1)) for j in range(ROWS)]
 
             def added(total: Array, tx: int) -> Array:
-                near = each_row(window(seen, (0, 0, tx), (1, ROWS, width), (1, 1, stride)))
-                products = functools.reduce(jax.lax.add, map(jax.lax.mul, near, here))
+                near = [window(seen, (0, j, tx), (1, 1, width), (1, 1, stride)) for j in range(ROWS)]
+                products = functools.reduce(jax.lax.add, map(jax.lax.mul, near, rows))
                 old = jax.lax.dynamic_slice_in_dim(total, t, 1)
                 return jax.lax.dynamic_update_slice_in_dim(total, old + products[None], t, 0)
 

@@ -1,9 +1,9 @@
-"""The program of the last such run, loaded while JAX finds out which one this run needs.
+"""The program that was compiled last for such a run, loaded while JAX finds out which one this run needs.
 
 With everything in JAX's compilation cache a run still waits for tracing and lowering, which say what is wanted, and
-then for loading it. Loading needs no Python, so it can go on beside them, if one guesses: that what was wanted last
-with arrays of these shapes is wanted again. A guess is used only if the lowered text is the same to the letter, made by
-the same libraries and flags for the same processor and devices. Otherwise JAX compiles as ever.
+then for loading it. Loading needs no Python, so it can go on beside them, if one guesses: that what was compiled last
+for arrays of these shapes is wanted again. A guess is used only if the lowered text is the same to the letter, made by
+the same libraries and flags for the same processor and devices. Otherwise JAX compiles, or reads its cache, as ever.
 """
 
 import contextlib
@@ -70,6 +70,8 @@ def _file_for(arguments: tuple, devices: Sequence[jax.Device]) -> Path | None:
     cache = jax.config.jax_compilation_cache_dir
     if not cache or "://" in cache or not jax.config.jax_enable_compilation_cache:
         return None
+    if os.environ.get("XLA_FLAGS", "-").lstrip()[:1] not in ("", "-"):
+        return None  # it names a file, and what that holds may change
     if jax.process_count() > 1 or devices[0].platform != "cpu":
         return None
     leaves, structure = jax.tree.flatten(arguments)
@@ -111,6 +113,8 @@ def _keep(file: Path, identity: str, program: jax.stages.Compiled) -> None:
     with contextlib.suppress(OSError, ValueError, NotImplementedError):
         content = pickle.dumps(tuple(Kept(identity, serialize_executable.serialize(program))))
         file.parent.mkdir(parents=True, exist_ok=True)
+        for left in file.parent.glob(f"{file.name}.*"):  # by a run that was killed while it wrote
+            left.unlink()
         temporary = file.with_name(f"{file.name}.{os.getpid()}")
         try:
             temporary.write_bytes(zlib.compress(content, 1))

@@ -174,6 +174,8 @@ def test_help_tells_what_each_command_does():
         (("step", "--size=0"), "0 is no whole number of at least 1"),
         (("predict", "--volume=240"), "give three sizes, like 240,240,155"),
         (("data", "--store=nowhere"), "nowhere: the store is not there"),
+        (("data", "--workers=-1"), "-1 is no whole number of at least 0"),
+        (("depthwise", "--json=nowhere/it.json"), "--json=nowhere/it.json: there is no such folder"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(arguments, line):

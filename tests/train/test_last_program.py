@@ -114,6 +114,22 @@ def test_a_cache_that_cannot_be_written_costs_no_run(compilations, cache):
     assert cache.is_file() and len(compilations) == 1
 
 
+def test_nothing_is_kept_where_flags_lie_in_a_file_whose_content_may_change(compilations, cache, tmp_path, monkeypatch):
+    flags = tmp_path / "flags.txt"
+    flags.write_text("--xla_cpu_enable_fast_math=false")
+    monkeypatch.setenv("XLA_FLAGS", str(flags))
+    compiled(), compiled()
+    assert not cache.exists() and len(compilations) == 2
+
+
+def test_what_a_killed_run_left_goes_with_the_next_program(cache):
+    compiled()
+    (file,) = cache.iterdir()
+    file.with_name(f"{file.name}.123").write_bytes(b"half of it")
+    compiled(3.0)
+    assert list(cache.iterdir()) == [file]
+
+
 def test_nothing_is_kept_without_a_cache(compilations, cache):
     use_cache(None, 0.0)
     compiled(), compiled()
