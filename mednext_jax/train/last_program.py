@@ -17,11 +17,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jaxlib
 from jax.experimental import serialize_executable
+
+from mednext_jax.train.workdir import write_whole
 
 FOLDER = "last_programs"  # in JAX's compilation cache
 KEEPER = "keeper of the last program"
@@ -29,13 +31,6 @@ KEEPER = "keeper of the last program"
 # What JAX reports when it has compiled a program and kept it. One that it found in its cache must not be written down:
 # read again, that lacks functions and fails when it runs (jaxlib 0.10.2, CPU).
 PUT_INTO_THE_CACHE = "/jax/compilation_cache/cache_misses"
-
-
-class Kept(NamedTuple):
-    """What a file holds, compressed: a program as JAX serialises it, and what it was made of."""
-
-    identity: str
-    serialized: tuple[bytes, Any, Any]
 
 
 def compiled(jitted: Any, arguments: tuple, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
@@ -101,26 +96,20 @@ def _digest(*parts: str) -> str:
 def _load(file: Path, devices: Sequence[jax.Device]) -> tuple[str | None, jax.stages.Compiled | None]:
     """Identity and program of a file; None for both if there is none that can be loaded."""
     try:
-        kept = Kept(*pickle.loads(zlib.decompress(file.read_bytes())))
-        program = serialize_executable.deserialize_and_load(*kept.serialized, execution_devices=devices)
+        identity, serialized = pickle.loads(zlib.decompress(file.read_bytes()))
+        return identity, serialize_executable.deserialize_and_load(*serialized, execution_devices=devices)
     except Exception:  # whatever is wrong with a file that only saves time, the way without it is open
         return None, None
-    return kept.identity, program
 
 
 def _keep(file: Path, identity: str, program: jax.stages.Compiled) -> None:
     """Puts the program in the place of the last one, if it can be written down and there is room."""
     with contextlib.suppress(OSError, ValueError, NotImplementedError):
-        content = pickle.dumps(tuple(Kept(identity, serialize_executable.serialize(program))))
+        content = pickle.dumps((identity, serialize_executable.serialize(program)))
         file.parent.mkdir(parents=True, exist_ok=True)
-        for left in file.parent.glob(f"{file.name}.*"):  # by a run that was killed while it wrote
+        for left in file.parent.glob(f".{file.name}.*"):  # by a run that was killed while it wrote
             left.unlink()
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(zlib.compress(content, 1))
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(file, zlib.compress(content, 1))
 
 
 @contextlib.contextmanager
@@ -140,7 +129,7 @@ def _events() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Tracing makes millions of objects and no garbage to speak of; looking for it takes a tenth of the time."""
+    """Tracing makes millions of objects; looking for garbage among them takes a tenth of its time."""
     was_on = gc.isenabled()
     gc.disable()
     try:

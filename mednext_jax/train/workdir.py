@@ -35,9 +35,14 @@ def plain(config: Any) -> dict[str, Any]:
 
 def write_json(file: Path, value: Any) -> None:
     """Writes JSON whole or not at all."""
+    write_whole(file, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes to ``.NAME.PID`` beside the file, then renames."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

@@ -125,7 +125,7 @@ def test_nothing_is_kept_where_flags_lie_in_a_file_whose_content_may_change(comp
 def test_what_a_killed_run_left_goes_with_the_next_program(cache):
     compiled()
     (file,) = cache.iterdir()
-    file.with_name(f"{file.name}.123").write_bytes(b"half of it")
+    file.with_name(f".{file.name}.123").write_bytes(b"half of it")
     compiled(3.0)
     assert list(cache.iterdir()) == [file]
 
