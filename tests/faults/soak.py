@@ -126,7 +126,7 @@ def moves(good: Path, scratch: Path) -> dict[str, Any]:
     from tests.faults import topology as t
 
     flags = (*t.FLAGS, *_trained(good))
-    moved = t.stop_and_go_on(flags, scratch / "run", ((1, 1), (4, 2), (8, 1), (4, 4), (1, 1), (2, 1)), 30, SEED)
+    moved = t.stop_and_go_on(flags, scratch / "run", ((1, 1), (4, 2), (8, 1), (4, 4), (1, 1), (2, 1)), 80, SEED)
     done = _rows([moved])
     for who, times in moved.stopped.items():
         code = 130 if who.startswith("SIGINT") else 75

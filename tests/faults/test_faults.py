@@ -37,7 +37,7 @@ def test_killed_runs_end_bit_identical(good, cohort, tmp_path):
 
 def test_run_of_two_processes_is_stopped_and_goes_on_in_one(cohort, tmp_path):
     flags = (*topology.FLAGS, cohort)
-    found = topology.stop_and_go_on(flags, tmp_path / "runs", ((2, 2), (1, 1)), steps=8, seed=0)
+    found = topology.stop_and_go_on(flags, tmp_path / "runs", ((2, 2), (1, 1)), steps=32, seed=0)
     assert found.faults == [] and found.stopped == {"SIGTERM to one of several": 1}
     assert list(found.differences) == ["stopped and moved, 2 x 2 -> 1 x 1"]
     assert max(found.differences.values()) < soak.MOST_DIFFERENCE

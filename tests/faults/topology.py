@@ -125,7 +125,8 @@ def stop_and_go_on(
     """One run that is asked to stop again and again and goes on with other devices and processes each time.
 
     A random process of the group gets the signal, by turns SIGTERM and SIGUSR1; all must save and end with 75. One
-    alone gets by turns SIGINT, which is Ctrl-C and ends with 130, SIGTERM and SIGUSR1.
+    alone gets by turns SIGINT, which is Ctrl-C and ends with 130, SIGTERM and SIGUSR1. JAX looks once a second
+    whether one of several was asked, so ``steps`` must leave every run seconds of work after it.
     """
     found, rng = Topology(), random.Random(seed)
     several = cycle((signal.SIGTERM, signal.SIGUSR1))
@@ -135,9 +136,9 @@ def stop_and_go_on(
     if _failed(found, "straight", run(flags, folder / "straight", *chain[-1])):
         return found
     workdir = folder / "moved"
-    for number, (devices, processes) in enumerate(chain[:-1]):
+    for devices, processes in chain[:-1]:
         what = f"stopping on {devices} x {processes}"
-        until = (number + 1) * steps // len(chain)
+        until = written(workdir) + 3
         with together(flags, workdir, devices, processes) as group:
             asked = next(several if processes > 1 else alone)
             if group[0].wait_for(lambda until=until: written(workdir) >= until):
