@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mednext_jax.nn.slabs import counted_loop
-from mednext_jax.nn.windows import ROWS, accumulator, every_tap, window
+from mednext_jax.nn.windows import accumulator, every_tap, rows_at_once, window
 
 
 def tap_sums(padded: Array, padded_g: Array, taps: Array, out: Sequence[int], stride: int) -> Array:
@@ -27,17 +27,18 @@ def tap_sums(padded: Array, padded_g: Array, taps: Array, out: Sequence[int], st
 def _tap_sums_by_planes(x: Array, g: Array, sizes: Sequence[int], out: Sequence[int], stride: int) -> Array:
     """The sums for one plane of the kernel at a time, over the whole arrays, (kz, ky * kx, C): what suits a GPU.
 
-    In two reductions per tap, the first of them over ``ROWS`` rows. So short a one is a loop to XLA there, and the
+    In two reductions per tap, the first of them over few rows. So short a one is a loop to XLA there, and the
     loops of all taps become one kernel, which reads x and g once; of whole sums it puts two or three into a kernel.
     The barrier keeps XLA from making one reduction of the two.
     """
     dtype = accumulator(x, g)
     kz, *plane = sizes
     depth, height, width = out
-    out = (depth, height + -height % ROWS, width)
+    rows = rows_at_once()
+    out = (depth, height + -height % rows, width)
 
     def by_rows(seen: Array) -> Array:
-        return seen.astype(dtype).reshape(*seen.shape[:2], -1, ROWS, *seen.shape[-2:])
+        return seen.astype(dtype).reshape(*seen.shape[:2], -1, rows, *seen.shape[-2:])
 
     here = by_rows(window(g, [k // 2 for k in sizes], out, 1))
 
@@ -52,33 +53,48 @@ def _tap_sums_by_planes(x: Array, g: Array, sizes: Sequence[int], out: Sequence[
 
 
 def _tap_sums_by_rows(x: Array, g: Array, sizes: Sequence[int], out: Sequence[int], stride: int) -> Array:
-    """The same sums, ``ROWS`` rows of a plane at a time, so that they stay in cache for all taps, (taps, C).
+    """The same sums, few rows of a plane at a time, so that they stay in cache for all taps, (taps, C).
 
     The products of the rows are added up in one pass that XLA vectorises; only their sum, one row per tap, is reduced
-    over the width at the end. A third of the time of reducing each plane's product (32 channels, 64^3).
+    over the width at the end. Rows that are read without gaps have one axis for voxels and channels: an innermost
+    loop over 32 or 64 channels would be unrolled before it could be vectorised. Rows of g are copied with their
+    margins: without, all of them would begin in the same few lines of the cache, and push each other out.
     """
     dtype = accumulator(x, g)
     kz, ky, kx = sizes
     batch, channels = g.shape[0], g.shape[-1]
     depth, height, width = out
-    pieces = -(-height // ROWS)
+    n_rows = rows_at_once()
+    pieces = -(-height // n_rows)
+    apart = 1  # along a row, from one voxel to the next
+    if stride == 1:
+        x, g = (a.reshape(*a.shape[:3], -1) for a in (x, g))
+        apart, width = channels, width * channels
     zero = jnp.uint32(0)
+    rest = (zero,) * (x.ndim - 4)
+    # No division in the loop, which XLA makes a kernel of its own.
+    taps = jnp.asarray(list(every_tap((kz, ky))), jnp.uint32)
 
     def piece(i: Array, totals: list[Array]) -> list[Array]:
-        z, y = i // pieces, i % pieces * ROWS
-        start = (zero, z + kz // 2, y + ky // 2, zero + kx // 2, zero)
-        here = jax.lax.dynamic_slice(g, start, (batch, 1, ROWS, width, channels)).astype(dtype)
+        z, y = i // pieces, i % pieces * n_rows
+        start = (zero, z + kz // 2, y + ky // 2, zero, *rest)
+        here = jax.lax.dynamic_slice(g, start, (batch, 1, n_rows, *g.shape[3:])).astype(dtype)
 
         def tap(t: Array, totals: list[Array]) -> list[Array]:
-            start = (zero, stride * z + t // ky, stride * y + t % ky, zero, zero)
-            size = (batch, 1, stride * (ROWS - 1) + 1, x.shape[3], channels)
-            seen = jax.lax.dynamic_slice(x, start, size).astype(dtype)
-            seen = window(seen, (0, 0, 0), (1, ROWS, x.shape[3]), (1, stride, 1))
-            rows = [window(here, (0, j, 0), (1, 1, width), (1, 1, 1)) for j in range(ROWS)]
+            tz, ty = jax.lax.dynamic_index_in_dim(taps, t, keepdims=False)
+            first = stride * y + ty
+
+            def row(j: int) -> Array:
+                return here[:, :, j : j + 1, kx // 2 * apart : kx // 2 * apart + width]
+
+            def near(j: int, tx: int) -> Array:
+                # Each row by a slice of its own, which is fused with its use; one of all rows would be a copy.
+                start = (zero, stride * z + tz, first + stride * j, zero + tx * apart, *rest)
+                seen = jax.lax.dynamic_slice(x, start, (batch, 1, 1, stride * (width - 1) + 1, *x.shape[4:]))
+                return seen[:, :, :, ::stride].astype(dtype)
 
             def added(total: Array, tx: int) -> Array:
-                near = [window(seen, (0, j, tx), (1, 1, width), (1, 1, stride)) for j in range(ROWS)]
-                products = functools.reduce(jax.lax.add, map(jax.lax.mul, near, rows))
+                products = functools.reduce(jax.lax.add, [near(j, tx) * row(j) for j in range(n_rows)])
                 old = jax.lax.dynamic_slice_in_dim(total, t, 1)
                 return jax.lax.dynamic_update_slice_in_dim(total, old + products[None], t, 0)
 
@@ -86,6 +102,6 @@ def _tap_sums_by_rows(x: Array, g: Array, sizes: Sequence[int], out: Sequence[in
 
         return counted_loop(kz * ky, tap, totals)
 
-    zeros = [jnp.zeros((kz * ky, batch, 1, 1, width, channels), dtype)] * kx
+    zeros = [jnp.zeros((kz * ky, batch, 1, 1, width, *g.shape[4:]), dtype)] * kx
     totals = counted_loop(depth * pieces, piece, zeros)
-    return jnp.stack([total.sum((1, 2, 3, 4)) for total in totals], 1).reshape(-1, channels)
+    return jnp.stack([total.reshape(kz * ky, -1, channels).sum(1) for total in totals], 1).reshape(-1, channels)
