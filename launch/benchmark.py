@@ -197,6 +197,8 @@ def main(options: argparse.Namespace) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a card
     if options.json and not Path(options.json).absolute().parent.is_dir():  # before the work, not after it
         raise ValueError(f"--json={options.json}: there is no such folder; make it or give another path")
+    if options.json and Path(options.json).is_dir():
+        raise ValueError(f"--json={options.json} is a folder; give the path of a file")
     found = options.run(options)
     from benchmarks import timing
 

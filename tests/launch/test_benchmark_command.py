@@ -176,6 +176,7 @@ def test_help_tells_what_each_command_does():
         (("data", "--store=nowhere"), "nowhere: the store is not there"),
         (("data", "--workers=-1"), "-1 is no whole number of at least 0"),
         (("depthwise", "--json=nowhere/it.json"), "--json=nowhere/it.json: there is no such folder"),
+        (("depthwise", "--json=."), "--json=. is a folder"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(arguments, line):

@@ -114,12 +114,15 @@ def test_every_method_has_its_shares():
     assert COMPILED.keys() | {"full"} == PROMISES.keys() == peft.METHODS.keys()
 
 
-def test_conv_adapters_step_holds_two_thirds_of_the_full_ones_memory():
+def test_conv_adapters_step_holds_two_thirds_of_the_full_ones_memory_and_half_in_the_decoder_alone():
     """On the whole way down and up, in space; it once kept padded inputs, and results beside them, and held 0.8."""
     model = create_mednext("S", n_classes=3, n_channels=8, block_counts=(1, 1, 0, 0, 0, 0, 0, 1, 1))
-    methods = [peft.create("full"), peft.create("conv_adapter")]
-    full, adapter = peft.costs(methods, model, (48, 32, 32), compiled=True)
+    decoder = peft.create("conv_adapter", targets="decoder")
+    methods = [peft.create("full"), peft.create("conv_adapter"), decoder]
+    full, adapter, in_decoder = peft.costs(methods, model, (48, 32, 32), compiled=True)
+    assert full.temporary_bytes < 22 * 4 * 8 * 48 * 32 * 32  # arrays of the first stage's size
     assert adapter.temporary_bytes < 0.66 * full.temporary_bytes
+    assert in_decoder.temporary_bytes < 0.55 * full.temporary_bytes
 
 
 def test_conv_adapter_step_keeps_no_array_per_kernel_tap():

@@ -1,5 +1,7 @@
 """The loop and the devices: what travels between them, and that reading overlaps computing."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -33,12 +35,37 @@ def tiny_step(monkeypatch):
     monkeypatch.setattr(experiment.train_step, "make_train_step", lambda **parts: build(**parts | {"forward": product}))
 
 
+class Unread:
+    """A metric on the device: it can be waited for, but only ``jax.device_get`` may look at it."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def block_until_ready(self):
+        self.array.block_until_ready()
+
+    def __getattr__(self, name):
+        raise AssertionError(f"a metric was asked for its {name} while steps run")
+
+    __float__ = __bool__ = __array__ = lambda self, *rest: self.__getattr__("value")
+
+
 def test_only_batches_and_rates_go_in_and_metrics_come_out_when_they_are_logged(
     config, open_data, tmp_path, monkeypatch
 ):
     config.log_every, config.eval.every, config.checkpoint_every, config.optim.total_steps = 3, 0, 100, 7
     into, out, steps = [], [], []
     real_put, real_get, advance = jax.make_array_from_process_local_data, jax.device_get, loop.Run.advance
+    real_compile = loop.Run.compile
+
+    def compile(run):  # on CPU the transfer guard lets through what comes out
+        compiled = real_compile(run)
+
+        def step(*arguments):
+            state, metrics = compiled(*arguments)
+            return state, jax.tree.map(Unread, metrics)
+
+        return step
 
     def put(sharding, array, *rest):
         if steps:
@@ -46,6 +73,7 @@ def test_only_batches_and_rates_go_in_and_metrics_come_out_when_they_are_logged(
         return real_put(sharding, array, *rest)
 
     def get(tree):
+        tree = jax.tree.map(lambda leaf: leaf.array if isinstance(leaf, Unread) else leaf, tree)
         if steps:
             out.append((len(steps), sum(np.size(leaf) for leaf in jax.tree.leaves(tree))))
         return real_get(tree)
@@ -57,6 +85,7 @@ def test_only_batches_and_rates_go_in_and_metrics_come_out_when_they_are_logged(
 
     monkeypatch.setattr(jax, "make_array_from_process_local_data", put)
     monkeypatch.setattr(jax, "device_get", get)
+    monkeypatch.setattr(loop.Run, "compile", compile)
     monkeypatch.setattr(loop.Run, "advance", counted)
     loop.fit(config, open_data(config), tmp_path)
     assert len(steps) == 7
@@ -68,11 +97,14 @@ def test_only_batches_and_rates_go_in_and_metrics_come_out_when_they_are_logged(
     assert [(at, size) for at, size in out if at < 7] == [(3, 3 * scalars), (6, 3 * scalars)]
 
 
-def test_the_next_batch_is_read_while_the_step_runs_and_few_steps_are_ahead(config, open_data, tmp_path, monkeypatch):
+def test_the_next_batch_is_read_while_the_step_runs_and_few_steps_are_ahead(
+    config, open_data, tmp_path, monkeypatch, capsys
+):
     events, compile_step, tick = [], loop.Run.compile, loop.RunLog.tick
 
     def dispatched(run):
         compiled = compile_step(run)
+        events.append("compiled")
 
         def step(*arguments):
             events.append("dispatch")
@@ -91,9 +123,10 @@ def test_the_next_batch_is_read_while_the_step_runs_and_few_steps_are_ahead(conf
     data = open_data(config, wrap=lambda stream: Told(stream, lambda count: events.append(f"read {count}")))
     loop.fit(config, data, tmp_path)
     assert events == [
-        "read 1", "dispatch", "read 2", "dispatch", "read 3", "dispatch", "read 4", "done", "dispatch", "read 5",
-        "done", "dispatch", "done", "done", "done",
+        "read 1", "compiled", "dispatch", "read 2", "dispatch", "read 3", "dispatch", "read 4", "done", "dispatch",
+        "read 5", "done", "dispatch", "done", "done", "done",
     ]  # fmt: skip
+    assert re.search(r"^compiled in [\d.]+ s for \d+ cpu device", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("n_devices", [1, 4])
