@@ -5,10 +5,10 @@ r"""Measures speed and memory on this machine, beside its ceilings and beside up
     python launch/benchmark.py predict --volume=240,240,155 --peer=CHECKOUT_OF_MEDNEXT
     python launch/benchmark.py COMMAND --help
 
-Times are medians of runs that alternate; a ratio is ours over the peer's. FLOPs and bytes are those of the compiled
-program, loops counted as often as they run; floor_share is the time that the machine's measured ceilings (copying,
-multiplying matrices in float32) allow, over the time taken; what stays in a cache can bring it above 1. --peer takes a
-checkout of MIC-DKFZ/MedNeXt and needs PyTorch.
+Times are medians of runs that alternate; a ratio is ours over the peer's. FLOPs are those of the traced program, bytes
+those of the compiled one, loops counted as often as they run; floor_share is the time that the machine's measured
+ceilings (copying, multiplying matrices in float32) allow, over the time taken; what stays in a cache can bring it above
+1. --peer takes a checkout of MIC-DKFZ/MedNeXt and needs PyTorch.
 """
 
 import argparse

@@ -133,7 +133,13 @@ def test_a_number_of_processes_without_the_first_ones_address_is_refused():
 
 
 def test_compiled_programs_are_kept_unless_the_environment_says_where(tmp_path):
-    script = "import command\ndef main(_):\n  import jax\n  print(jax.config.jax_compilation_cache_dir)\ncommand.run(main)"
+    script = (
+        "import command\n"
+        "def main(_):\n"
+        "  import jax\n"
+        "  print(jax.config.jax_compilation_cache_dir)\n"
+        "command.run(main)"
+    )
     own = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     for more, folder in (({}, tmp_path / "mednext_jax/xla"), ({"JAX_COMPILATION_CACHE_DIR": "/x"}, "/x")):
         environment = {**own, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "launch"), **more}
