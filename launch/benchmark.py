@@ -43,10 +43,10 @@ def step(options: argparse.Namespace) -> Result:
 
 def peft(options: argparse.Namespace) -> Result:
     """Each fine-tuning method's compiled step beside full fine-tuning's: parameters, FLOPs, memory, time."""
-    from benchmarks import ours
+    from benchmarks import ours, timing
 
     table, rows = ours.peft_rows(network_of(options), options.size, options.batch, options.repeats, options.methods)
-    return {"command": sys.argv, "table": table, "rows": rows}
+    return timing.result(rows, table=table)
 
 
 def depthwise(options: argparse.Namespace) -> Result:

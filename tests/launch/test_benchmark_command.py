@@ -119,6 +119,7 @@ def test_rows_of_methods_say_their_share_of_full_fine_tuning(monkeypatch):
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
         "| `full`", "| `linear_adapter` ratio=1, targets=decoder"]  # fmt: skip
     assert set(full["ratio_to_full"].values()) == {1.0}
+    assert full["gflop"] == full["step_flops"] / 1e9 and full["seconds"] == full["step_seconds"]
     assert adapter["trainable"] == sum(2 * (width**2 + width) for width in (2, 4, 8, 16)) < full["trainable"]
     for name, ratio in adapter["ratio_to_full"].items():
         assert ratio == adapter[name] / full[name] > 0
@@ -155,6 +156,17 @@ def test_depthwise_prints_a_table_and_writes_json(tmp_path):
         assert row["name"] in done.stdout
         assert row["floor_share"] == pytest.approx(row["floor_seconds"] / row["seconds"])
     assert found["ratio_to_peer"] == {}
+
+
+def test_prediction_of_a_volume_is_timed_beside_what_its_arithmetic_takes(tmp_path):
+    found = tmp_path / "found.json"
+    sizes = ("--size=16", "--volume=24,16,20")  # two windows along the axes that are longer
+    done = benchmark("predict", *sizes, "--repeats=1", "--skip_memory", f"--json={found}")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(found.read_text())["rows"]
+    assert row["name"] == "volume: ours" and row["windows"] == 4
+    convolutions = 4 * 31.3 / 64  # GFLOP of four windows of 16^3, about; 31.3 at 64^3
+    assert row["gflop"] == pytest.approx(convolutions, rel=0.1)
 
 
 def test_help_tells_what_each_command_does():

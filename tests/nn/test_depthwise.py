@@ -1,6 +1,8 @@
 """The depthwise operations against XLA's grouped convolution, finite differences, and under every transformation."""
 
 import functools
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mednext_jax.nn import tap_sums, windows
 from mednext_jax.nn.depthwise import depthwise_conv, depthwise_conv_transpose
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
+from benchmarks.traffic import moved_bytes  # noqa: E402
 
 HIGHEST = jax.lax.Precision.HIGHEST
 CASES = [  # spatial size, kernel
@@ -161,6 +166,16 @@ def test_second_derivative_is_that_of_xlas_grouped_convolution():
 
     for mine, other in zip(curvature(depthwise_conv), curvature(by_xla), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_value_and_input_gradient_pass_over_memory_once_and_over_a_padded_copy(mode):
+    """The least is to read the one array and to write the other; a pass per tap would be 27 times that."""
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 24, 22, 21, 32), (3, 3, 3, 1, 32)))
+    y = jax.eval_shape(mode, x, w)
+    for work, operand in ((mode, x), (lambda g, w: jax.vjp(lambda x: mode(x, w), jnp.zeros(x.shape))[1](g)[0], y)):
+        moved = moved_bytes(jax.jit(work).lower(operand, w).compile().as_text())
+        assert moved < 3.5 * 4 * (x.size + y.size)
 
 
 @pytest.mark.parametrize("kernel_dtype", ["bfloat16", "float32"])  # the network's kernels are float32
