@@ -148,7 +148,10 @@ def dice_against_volume(table: Table) -> str:
                           alpha=0.75, markerfacecolor=colours[region] if a == 0 else "none")  # fmt: skip
             if shown:
                 axes.set_xscale("log")
-                axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 3.0), numticks=5))
+                least, most = axes.get_xlim()
+                # Within a decade LogLocator sets as many labels as a wide figure has room for.
+                by_decades = matplotlib.ticker.LogLocator(subs=(1.0, 3.0), numticks=5)
+                axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4) if most < 10 * least else by_decades)
                 axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
                 axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
             axes.set_ylim(-0.03, 1.03)

@@ -2,13 +2,14 @@
 
 import io
 import math
+import re
 
 import nibabel as nib
 import numpy as np
 import pytest
 from matplotlib import image as images
 
-from mednext_jax.evaluate import archive, changes, cohort, measure, palette, pictures, report, summary, tables
+from mednext_jax.evaluate import archive, changes, cohort, measure, palette, pictures, plots, report, summary, tables
 
 REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
 LPS = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -107,6 +108,16 @@ def test_scan_beside_the_labels_is_found_by_name(tmp_path):
     assert pictures.find_scan("c1", [tmp_path]) == ("t2f", tmp_path / "c1-t2f.nii.gz")
     assert pictures.find_scan("c2", [tmp_path]) == ("flair", tmp_path / "c2_flair.nii")
     assert pictures.find_scan("c3", [tmp_path]) is None
+
+
+@pytest.mark.parametrize("volumes", [(231.5, 239.5), (16, 30), (0.2, 310)])
+def test_axis_of_volumes_has_a_few_labels_however_near_or_far_they_lie(volumes):
+    table = tables.Table()
+    for case, millilitres in zip("ab", volumes, strict=True):
+        table.add("mine", case, "WT", {"dice": 0.5, "reference_volume_mm3": 1000 * millilitres})
+    drawn = [float(text) for text in re.findall(r"<!-- ([\d.]+) -->", plots.dice_against_volume(table))]
+    # Beside them, 0.0 to 1.0 in steps of 0.2 label the other axis.
+    assert 8 <= len(drawn) <= 13 and sum(volumes[0] / 2 <= label <= 2 * volumes[1] for label in drawn) >= 2
 
 
 def test_regions_keep_their_colours_and_others_get_free_ones():
