@@ -7,8 +7,8 @@ r"""Measures speed and memory on this machine, beside its ceilings and beside up
 
 Times are medians of runs that alternate; a ratio is ours over the peer's. FLOPs are those of the traced program, bytes
 those of the compiled one, loops counted as often as they run; floor_share is the time that the machine's measured
-ceilings (copying, multiplying matrices in float32) allow, over the time taken; what stays in a cache can bring it above
-1. --peer takes a checkout of MIC-DKFZ/MedNeXt and needs PyTorch.
+ceilings (copying, multiplying matrices of type --dtype) allow, over the time taken; what stays in a cache can bring it
+above 1. --peer takes a checkout of MIC-DKFZ/MedNeXt and needs PyTorch.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def step(options: argparse.Namespace) -> Result:
         works += upstream.step_works(
             Path(options.peer), network_of(options), options.batch, options.size, options.peer_compile
         )
-    return timing.result(timing.measure(works, options.repeats, memory=not options.skip_memory))
+    return timing.result(timing.measure(works, options.repeats, memory=not options.skip_memory), options.dtype)
 
 
 def peft(options: argparse.Namespace) -> Result:
@@ -46,7 +46,7 @@ def peft(options: argparse.Namespace) -> Result:
     from benchmarks import ours, timing
 
     table, rows = ours.peft_rows(network_of(options), options.size, options.batch, options.repeats, options.methods)
-    return timing.result(rows, table=table)
+    return timing.result(rows, options.dtype, table=table)
 
 
 def depthwise(options: argparse.Namespace) -> Result:
@@ -58,7 +58,7 @@ def depthwise(options: argparse.Namespace) -> Result:
     if options.peer:
         upstream.check(Path(options.peer))
         works += upstream.depthwise_works(*arguments)
-    return timing.result(timing.measure(works, options.repeats))
+    return timing.result(timing.measure(works, options.repeats), options.dtype)
 
 
 def data(options: argparse.Namespace) -> Result:
@@ -73,7 +73,7 @@ def data(options: argparse.Namespace) -> Result:
     if not options.skip_step:
         _, work = ours.step_works(network_of(options), options.batch, options.size)
         rows.append(data.demand(options.batch, timing.measure([work], 1)[0]["seconds"]))
-    return timing.result(rows)
+    return timing.result(rows, options.dtype)
 
 
 def predict(options: argparse.Namespace) -> Result:
@@ -88,7 +88,7 @@ def predict(options: argparse.Namespace) -> Result:
             works += predict.peer_works(Path(options.peer), network_of(options), *arguments, options.peer_compile)
         else:
             print(predict.NO_MONAI, file=sys.stderr)
-    return timing.result(timing.measure(works, options.repeats, memory=not options.skip_memory))
+    return timing.result(timing.measure(works, options.repeats, memory=not options.skip_memory), options.dtype)
 
 
 def compile(options: argparse.Namespace) -> Result:

@@ -102,6 +102,8 @@ def peak_memory(work: Work) -> int:
             return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
         import torch
 
+        torch.cuda.reset_peak_memory_stats()  # forget the trials by which the library chose its ways
+        run()
         return torch.cuda.max_memory_allocated()
     run()
     with suppress(OSError):
@@ -115,8 +117,8 @@ def peak_memory(work: Work) -> int:
     return most if sys.platform == "darwin" else 1024 * most
 
 
-def _copy() -> tuple[Callable[[], Any], Facts]:
-    array = [jnp.ones((64, 2**20))]
+def _copy(mbytes: int) -> tuple[Callable[[], Any], Facts]:
+    array = [jnp.ones((mbytes, 2**18))]
     program = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: new memory costs more than the copy
 
     def run() -> None:
@@ -125,22 +127,25 @@ def _copy() -> tuple[Callable[[], Any], Facts]:
     return run, {"bytes": 2.0 * array[0].nbytes}
 
 
-def _product() -> tuple[Callable[[], Any], Facts]:
-    m = jnp.ones((2048, 2048))
+def _product(edge: int, dtype: str) -> tuple[Callable[[], Any], Facts]:
+    # Of noise: a card may multiply zeros or ones faster.
+    m = jax.random.normal(jax.random.key(0), (edge, edge), jnp.dtype(dtype))
     run, facts = compiled(lambda m: m @ m, m)
     return run, {"flop": 1e9 * facts["gflop"]}
 
 
-def ceilings() -> dict[str, float]:
-    """This machine's copy bandwidth (GB/s, read plus written) and float32 matrix rate (GFLOP/s)."""
-    copy, product = measure([Work("copy", _copy), Work("product", _product)], 5)
+def ceilings(dtype: str) -> dict[str, Any]:
+    """This machine's copy bandwidth (GB/s, read plus written) and its rate for matrices of ``dtype`` (GFLOP/s)."""
+    on_cpu = jax.default_backend() == "cpu"
+    mbytes, edge = (256, 2048) if on_cpu else (4096, 8192)
+    copy, product = measure([Work("copy", _copy, (mbytes,)), Work("product", _product, (edge, dtype))], 5)
     return {"copy_gb_per_s": copy["bytes"] / copy["fastest"] / 1e9,
-            "matmul_gflop_per_s": product["flop"] / product["fastest"] / 1e9}  # fmt: skip
+            "matmul_gflop_per_s": product["flop"] / product["fastest"] / 1e9, "dtype": dtype}  # fmt: skip
 
 
-def result(rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """Everything that ``--json`` writes: rows beside the machine's ceilings, and ratios to the peer."""
-    limits = ceilings()
+def result(rows: list[dict[str, Any]], dtype: str = "float32", **more: Any) -> dict[str, Any]:
+    """Everything that ``--json`` writes: rows beside the machine's ceilings for ``dtype``, and ratios to the peer."""
+    limits = ceilings(dtype)
     for row in rows:
         if "gflop" in row:
             arithmetic = row["gflop"] / limits["matmul_gflop_per_s"]
@@ -190,5 +195,5 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"{name}: " + ", ".join(f"{value:.3f} of its {key}" for key, value in ratio.items()))
     limits = found["ceilings"]
     lines.append(f"{found['device']}, jax {found['jax']}: copies {limits['copy_gb_per_s']:.1f} GB/s, multiplies "
-                 f"{limits['matmul_gflop_per_s']:.0f} GFLOP/s in float32")
+                 f"{limits['matmul_gflop_per_s']:.0f} GFLOP/s in {limits['dtype']}")
     return "\n".join(lines)

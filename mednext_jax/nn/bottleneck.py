@@ -8,12 +8,15 @@ from jax import Array
 
 from mednext_jax.nn.adapters import Adapter, at_site
 from mednext_jax.nn.branches import ConvAdapter
+from mednext_jax.nn.gpu.mlp import Matrices
+from mednext_jax.nn.gpu.per_voxel import PerVoxel
 from mednext_jax.nn.layers import (
     Conv,
     Norm,
     Weights,
     channel_norm,
     effective_depthwise_kernel,
+    effective_matrix,
     gelu,
     layer_norm,
     pointwise,
@@ -88,13 +91,13 @@ class InvertedBottleneck(nn.Module):
             beside = any(a.placement == "parallel" for a in at_site(self.adapters, self.path, "module"))
             before = Before(self.mode, self.shares_input or beside)
             return add_convolved_voxelwise(
-                _mlp, self.exp_r * channels, before, x, onto, effective_depthwise_kernel(conv1), conv1.bias, norm,
+                MLP, self.exp_r * channels, before, x, onto, effective_depthwise_kernel(conv1), conv1.bias, norm,
                 (expand, compress),
             )  # fmt: skip
         y = spatial_conv(x, conv1, groups, 2 if self.mode == "down" else 1, self.mode == "up")
         y = self._convolution_adapters(adapters, x, y)
         if slabwise:
-            return add_voxelwise(_mlp, self.exp_r * channels, y, onto, norm, (expand, compress))
+            return add_voxelwise(MLP, self.exp_r * channels, y, onto, norm, (expand, compress))
         run = _plain_second_half if self.remat == "none" else jax.checkpoint(_plain_second_half, static_argnums=5)
         out = run(y, norm, expand, compress, grn, self.norm_type)
         return out if onto is None else onto + out
@@ -114,6 +117,13 @@ class InvertedBottleneck(nn.Module):
 def _mlp(n: Array, layers: tuple[Weights, Weights]) -> Array:
     expand, compress = layers
     return pointwise(gelu(pointwise(n, expand)), compress)
+
+
+def _matrices(layers: tuple[Weights, Weights]) -> Matrices:
+    return Matrices(*effective_matrix(layers[0]), *effective_matrix(layers[1]))
+
+
+MLP = PerVoxel(_mlp, _matrices)
 
 
 def _plain_second_half(y: Array, norm: Weights, expand: Weights, compress: Weights, grn, norm_type: str) -> Array:

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mednext_jax.nn.layers import Conv, Weights, gelu, pointwise, voxelwise_product
+from mednext_jax.nn.gpu.mlp import Matrices
+from mednext_jax.nn.gpu.per_voxel import PerVoxel
+from mednext_jax.nn.layers import Conv, Weights, gelu, pointwise, voxelwise_product, with_bias
 from mednext_jax.nn.voxelwise import Before, add_convolved_voxelwise
 
 
@@ -57,14 +59,27 @@ class ConvAdapter(nn.Module):
         width = max(channels, self.features)
         weights = grouping, down[1], up, scale
         return add_convolved_voxelwise(
-            _grouped_bottleneck, width, Before(self.mode, recompute=True), x, onto, down[0], None, None, weights
+            GROUPED_BOTTLENECK, width, Before(self.mode, recompute=True), x, onto, down[0], None, None, weights
         )
 
 
 def _grouped_bottleneck(y: Array, weights: tuple[Array, Array, Weights, Array | None]) -> Array:
     grouping, bias, up, scale = weights
-    out = pointwise(gelu(voxelwise_product(y, grouping) + bias.astype(y.dtype)), up)
+    out = pointwise(gelu(with_bias(voxelwise_product(y, grouping), bias)), up)
     return out if scale is None else out * scale.astype(out.dtype)
+
+
+def _matrices(weights: tuple[Array, Array, Weights, Array | None]) -> Matrices:
+    """With zeros up to a multiple of 16 between the two products, which is what a GPU multiplies at least."""
+    grouping, bias, up, scale = weights
+    more = -grouping.shape[-1] % 16
+    compress = jnp.pad(up.kernel.reshape(up.kernel.shape[-2:]), ((0, more), (0, 0)))
+    scale = jnp.ones_like(up.bias) if scale is None else scale
+    grouping = jnp.pad(grouping.astype(jnp.float32), ((0, 0), (0, more)))
+    return Matrices(grouping, jnp.pad(bias, (0, more)), compress * scale, up.bias * scale)
+
+
+GROUPED_BOTTLENECK = PerVoxel(_grouped_bottleneck, _matrices)
 
 
 class _GroupedDown(nn.Module):

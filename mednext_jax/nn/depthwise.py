@@ -25,6 +25,8 @@ import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
+from mednext_jax.nn.gpu import depthwise as gpu_depthwise
+from mednext_jax.nn.gpu import tap_sums as gpu_tap_sums
 from mednext_jax.nn.slabs import not_before
 from mednext_jax.nn.tap_sums import tap_sums
 from mednext_jax.nn.windows import accumulator, every_tap, margins, missing_rows, padded, window
@@ -99,6 +101,8 @@ class Wanted:
 def convolve(mode: str, x: Array, taps: Array, bias: Array | None) -> Array:
     """The operation itself, without checks and without a derivative of its own; taps (*k, C)."""
     out = out_sizes(mode, x.shape[1:-1])
+    if gpu_depthwise.usable(x, taps, grows=mode == "up"):
+        return gpu_depthwise.convolve(mode, x, taps, bias, out)
     seen = padded(x, margins(taps.shape[:-1]))
     if mode == "up":
         y = _interleaved_phases(seen, taps, x.shape[1:-1], out)
@@ -109,21 +113,32 @@ def convolve(mode: str, x: Array, taps: Array, bias: Array | None) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def gradients(
-    mode: str, x: Array | None, taps: Array, padded_g: Array, wanted: Wanted
+    mode: str, x: Array | None, taps: Array, padded_g: Array, wanted: Wanted, onto: Array | None = None
 ) -> tuple[Array | None, Array | None, Array | None]:
     """The gradients of x, taps and bias, None for those that are not wanted.
 
     Args:
       x: the operation's input; needed for the taps' gradient alone.
       padded_g: the gradient of its output, with :func:`margins_of_gradient` around it: one copy serves all three.
+      onto: what else there is of the gradient of x.
     """
     sizes, stride, out = taps.shape[:-1], _stride(mode), out_sizes(mode, wanted.sizes)
     dx = d_taps = d_bias = None
-    if wanted.x and mode == "down":
+    by_kernels = _kernels_take_gradient(mode, padded_g, taps)
+    if wanted.x and by_kernels:
+        backwards = {"same": "same", "down": "up", "up": "down"}[mode]
+        seen = _mirrored(taps) if mode == "same" else taps
+        dx = gpu_depthwise.convolve(backwards, padded_g, seen, None, wanted.sizes, onto if mode == "same" else None)
+    elif wanted.x and mode == "down":
         dx = _interleaved_phases(padded_g, taps, out, wanted.sizes)
     elif wanted.x:
         dx = _sum_of_shifts(padded_g, _mirrored(taps) if mode == "same" else taps, wanted.sizes, stride)
-    if wanted.taps:
+    if wanted.x and onto is not None and not (by_kernels and mode == "same"):
+        dx = dx + onto
+    if wanted.taps and by_kernels:
+        pair = (padded_g, x) if mode == "up" else (x, padded_g)
+        d_taps = gpu_tap_sums.tap_sums(*pair, taps, stride).astype(taps.dtype)
+    elif wanted.taps:
         smaller = wanted.sizes if mode == "up" else out
         rows = missing_rows(smaller[-2])
         # Not before the gradient: XLA would find the forward pass's copy to be the same, and keep that.
@@ -142,10 +157,17 @@ def out_sizes(mode: str, sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple((n - 1) // _stride(mode) + 1 for n in sizes)
 
 
-def margins_of_gradient(mode: str, taps: Array, sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """The zeros that :func:`gradients` wants around the output's gradient of these spatial sizes."""
+def margins_of_gradient(mode: str, taps: Array, g: Array) -> list[tuple[int, int]]:
+    """The zeros that :func:`gradients` wants around the output's gradient, for one like ``g`` (B, *out, C)."""
+    sizes = g.shape[1:-1]
+    if _kernels_take_gradient(mode, g, taps):
+        return [(0, 0)] * len(sizes)
     rows = 2 * missing_rows((sizes[-2] + 1) // 2) if mode == "up" else missing_rows(sizes[-2])
     return margins(taps.shape[:-1], rows)
+
+
+def _kernels_take_gradient(mode: str, g: Array, taps: Array) -> bool:
+    return gpu_depthwise.usable(g, taps, grows=mode == "down")
 
 
 def _stride(mode: str) -> int:
@@ -168,7 +190,7 @@ def _conv_backward(mode: str, saved: tuple, g: Any):
     x, taps, wanted = saved
     if isinstance(g, SymbolicZero):
         return None, None, None
-    return gradients(mode, x, taps, padded(g, margins_of_gradient(mode, taps, g.shape[1:-1])), wanted)
+    return gradients(mode, x, taps, padded(g, margins_of_gradient(mode, taps, g)), wanted)
 
 
 _conv.defvjp(_conv_forward, _conv_backward, symbolic_zeros=True)

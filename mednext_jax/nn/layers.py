@@ -130,11 +130,21 @@ def pointwise(x: Array, weights: Weights, few_inputs: bool = False) -> Array:
       few_inputs: as a sum over the inputs instead, which then are few.
     """
     matrix = jax.lax.reshape(weights.kernel, weights.kernel.shape[-2:])
-    y = _with_bias((sum_over_inputs if few_inputs else voxelwise_product)(x, matrix), weights.bias)
+    y = with_bias((sum_over_inputs if few_inputs else voxelwise_product)(x, matrix), weights.bias)
     if weights.low_rank is not None:
         low = weights.low_rank
         y = y + voxelwise_product(voxelwise_product(x, low.a), low.b) * low.scale
     return scaled_and_shifted(y, weights.ssf)
+
+
+def effective_matrix(weights: Weights) -> tuple[Array, Array]:
+    """Matrix (in, out) and bias (out,) of a 1x1 convolution with what LoRA and SSF make of them."""
+    matrix, bias = jax.lax.reshape(weights.kernel, weights.kernel.shape[-2:]), weights.bias
+    if weights.low_rank is not None:
+        matrix = matrix + weights.low_rank.a @ weights.low_rank.b * weights.low_rank.scale
+    if weights.ssf is not None:
+        matrix, bias = matrix * weights.ssf.scale, bias * weights.ssf.scale + weights.ssf.shift
+    return matrix, bias
 
 
 def voxelwise_product(x: Array, matrix: Array) -> Array:
@@ -171,7 +181,8 @@ sum_over_inputs.defvjp(lambda *operands: (sum_over_inputs(*operands), operands),
 
 
 @jax.custom_vjp
-def _with_bias(y: Array, bias: Array) -> Array:
+def with_bias(y: Array, bias: Array) -> Array:
+    """``y + bias`` over the channels, in the dtype of y; the bias's gradient is summed in float32 at least."""
     bias = jax.lax.convert_element_type(bias, y.dtype)
     return jax.lax.add(y, jax.lax.broadcast_in_dim(bias, y.shape, (y.ndim - 1,)))
 
@@ -192,7 +203,7 @@ def _with_bias_backward(bias: Array, g: Array) -> tuple[Array, Array]:
     return g, total.astype(bias.dtype)
 
 
-_with_bias.defvjp(lambda y, bias: (_with_bias(y, bias), bias), _with_bias_backward)
+with_bias.defvjp(lambda y, bias: (with_bias(y, bias), bias), _with_bias_backward)
 
 
 def gelu(x: Array) -> Array:

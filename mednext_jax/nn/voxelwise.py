@@ -12,6 +12,7 @@ A depthwise convolution in front of the norm can be part of the same operation. 
 wrote, which already has the zeros around it that they need, and its result may be computed again instead of kept.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -24,8 +25,11 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from mednext_jax.nn import depthwise
+from mednext_jax.nn.gpu import mlp, per_voxel
+from mednext_jax.nn.gpu import statistics as gpu_statistics
 from mednext_jax.nn.layers import EPSILON, Weights, channel_norm
 from mednext_jax.nn.slabs import Margins, cut, each_slab, not_before, put, room, thickness_of
+from mednext_jax.nn.windows import padded
 
 Statistics = tuple[Array, Array]  # mean and reciprocal standard deviation per sample and channel
 
@@ -38,10 +42,12 @@ class Before:
       mode: what it does to the size, one of ``depthwise.MODES``.
       recompute: its input is kept anyway, so its result is computed again for the backward pass. What doubles the
         size always is: its result is eight times its input.
+      residual: its input is also what the function's result is added to.
     """
 
     mode: str
     recompute: bool = False
+    residual: bool = False
 
 
 def add_voxelwise(
@@ -53,7 +59,7 @@ def add_voxelwise(
     (B, *spatial, out).
 
     Args:
-      f: treats voxels independently; hashable, so a function of a module.
+      f: treats voxels independently; hashable, so a function of a module or a ``per_voxel.PerVoxel``.
       width: channels that f makes of a voxel at most; it decides how thick a slab is.
       norm: of one channel per group, or None for none.
       weights: what f needs, differentiable; any tree of arrays.
@@ -72,6 +78,8 @@ def add_convolved_voxelwise(
     Raises:
       ValueError: for a kernel that does not fit ``x`` or has an even size.
     """
+    if onto is x:  # told, so that both of its gradients are added where the second is made
+        before, onto = dataclasses.replace(before, residual=True), None
     return _add(f, width, before, x, onto, (depthwise.checked_taps(x, kernel), bias), norm, weights)
 
 
@@ -91,7 +99,10 @@ def _forward(
 ) -> tuple[Array, Array, Statistics | None]:  # fmt: skip
     """The result, what the norm saw, and its statistics."""
     y = x if before is None else depthwise.convolve(before.mode, x, *convolution)
+    onto = x if before is not None and before.residual else onto
     statistics = None if norm is None else channel_statistics(y)
+    if (matrices := per_voxel.taken(f, y, weights)) is not None:
+        return mlp.forward(y, onto, per_voxel.norm_of(statistics, norm), matrices), y, statistics
     thickness = thickness_of(y, width)
 
     def slab(i: Array, out: Array) -> Array:
@@ -147,18 +158,30 @@ def _gradients(f: Callable, width: int, before: Before | None, saved: tuple, g: 
     if y is None:
         y = depthwise.convolve(before.mode, not_before(x, g), *convolution)
     needs_d_y = wanted.x or bool(jax.tree.leaves(learnt[0]))
-    margins = () if before is None else depthwise.margins_of_gradient(before.mode, convolution[0], y.shape[1:-1])
-    d_y, sums, d_weights = _through_function(f, width, y, norm, statistics, learnt, frozen, g, needs_d_y, margins)
+    margins = () if before is None else depthwise.margins_of_gradient(before.mode, convolution[0], y)
+    if by_kernels := per_voxel.taken(f, y, weights) is not None:
+        needs_d_n = needs_d_y or bool(jax.tree.leaves(learnt[1]))
+        d_y, sums, d_weights = per_voxel.gradients(
+            lambda some: f.matrices(_joined(some, frozen[2])), learnt[2], per_voxel.norm_of(statistics, norm), y, g,
+            needs_d_n,
+        )  # fmt: skip
+    else:
+        d_y, sums, d_weights = _through_function(f, width, y, norm, statistics, learnt, frozen, g, needs_d_y, margins)
     if needs_d_y and norm is not None:
-        d_y = _through_norm(d_y, margins, y, statistics, norm.scale, *sums)
+        d_y = _through_norm(d_y, () if by_kernels else margins, y, statistics, norm.scale, *sums)
+    if needs_d_y and by_kernels and margins:
+        d_y = padded(d_y, margins)
     d_norm = learnt[1] if norm is None else _norm_gradient(learnt[1], sums)
     if before is None:
         return d_y, None, d_norm, d_weights
-    d_x = None
-    d_convolution = (None, None)
+    d_x = g.astype(y.dtype) if before.residual and wanted.x else None
+    d_taps = d_bias = None
     if needs_d_y:
-        d_x, *d_convolution = depthwise.gradients(before.mode, x, convolution[0], d_y, wanted)
-    return d_x, tuple(d_convolution), d_norm, d_weights
+        normed = norm is not None  # takes a constant per channel away again: the bias's gradient is zero
+        own = dataclasses.replace(wanted, bias=wanted.bias and not normed)
+        d_x, d_taps, d_bias = depthwise.gradients(before.mode, x, convolution[0], d_y, own, d_x)
+        d_bias = jnp.zeros_like(convolution[1]) if wanted.bias and normed else d_bias
+    return d_x, (d_taps, d_bias), d_norm, d_weights
 
 
 def _through_function(
@@ -207,6 +230,9 @@ def channel_statistics(x: Array) -> Statistics:
     Slab by slab, each about its own mean, merged as by Chan et al. (1983): one pass over memory, and exact where the
     mean is large beside the deviation.
     """
+    if gpu_statistics.usable(x):
+        mean, squares = (a.reshape(x.shape[0], *(1,) * (x.ndim - 2), -1) for a in gpu_statistics.mean_and_squares(x))
+        return mean, jax.lax.rsqrt(squares / math.prod(x.shape[1:-1]) + EPSILON)
     thickness = thickness_of(x, x.shape[-1])
     axes = tuple(range(1, x.ndim - 1))
     voxels = thickness * math.prod(x.shape[2:-1])

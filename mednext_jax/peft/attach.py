@@ -60,6 +60,7 @@ def draw(model: Any, key: Any, wanted: set[str] | None = None) -> dict[str, Any]
     for it (a program that draws MedNeXt-S takes longer to compile than most of what it is then trained with).
     """
     drawn = {}
+    model = model.clone(dtype=jnp.float32)  # values do not depend on it, and GPU kernels cannot be computed on the way
     if wanted is not None and not wanted:
         return drawn
 

@@ -64,6 +64,8 @@ def _equation(equation: core.JaxprEqn, outputs: list[bool]) -> int:
         pairs = zip(equation.outvars, body.outvars, outputs, strict=True)
         wanted = [want or outer.aval.ndim == inner.aval.ndim for outer, inner, want in pairs]
         return params["length"] * _count(body, wanted)
+    if name == "pallas_call":  # says itself what it does
+        return params["cost_estimate"].flops
     if name == "cond":
         return max(_count(branch.jaxpr, outputs) for branch in params["branches"])
     return sum(

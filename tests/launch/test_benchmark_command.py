@@ -218,7 +218,9 @@ def deviceless(path, replaced):
 
 
 def test_steps_for_a_card_that_is_not_here_say_what_they_move_and_hold():
-    here = "deviceless._place = lambda description, gpu: jax.sharding.SingleDeviceSharding(jax.devices('cpu')[0])"
+    mesh = "jax.sharding.Mesh(jax.devices('cpu')[:1], ('data',))"
+    place = f"jax.sharding.NamedSharding({mesh}, jax.sharding.PartitionSpec())"
+    here = f"deviceless._place = lambda description, gpu: {place}"
     rows = json.loads(deviceless(H200, here).stdout.splitlines()[-1])
     assert [row["name"] for row in rows] == ["forward", "step of full", "step of head"]
     forward, full, head = rows

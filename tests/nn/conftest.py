@@ -1,7 +1,9 @@
-"""Tracing as for a GPU, which needs none: the program then runs on a CPU."""
+"""Tracing as for a GPU, which needs none: the program then runs on a CPU, and its kernels are interpreted."""
 
 import jax
 import pytest
+
+from mednext_jax.nn.gpu import triton
 
 
 @pytest.fixture
@@ -11,6 +13,7 @@ def as_on_a_gpu(monkeypatch):
     def switch():
         jax.clear_caches()  # functions of blocks are traced once per shape
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(triton, "interpreted", True)
 
     yield switch
     monkeypatch.undo()

@@ -1,5 +1,5 @@
-"""What is written differently for a GPU (whole arrays, kernel gradients by planes, sums behind a barrier), traced as
-for one and run on a CPU: the same numbers."""
+"""What is written differently for a GPU (whole arrays, kernel gradients by planes, sums behind a barrier; in bfloat16
+kernels of our own), traced as for one and run on a CPU: the same numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,9 @@ from mednext_jax.nn.paths import flatten, unflatten
 from tests.golden.reading import FAST_COMPILE
 
 
-def loss_and_gradients(dim, dtype, method):
-    network = MedNeXt(n_channels=4, n_classes=3, block_counts=(1, 0, 0, 0, 0, 0, 0, 0, 0), dim=dim, dtype=dtype)
+def loss_and_gradients(dim, dtype, method, n_channels):
+    blocks = (1, 0, 0, 0, 0, 0, 0, 0, 0)
+    network = MedNeXt(n_channels=n_channels, n_classes=3, block_counts=blocks, dim=dim, dtype=dtype)
     random = np.random.default_rng(0)
     x = jnp.asarray(random.standard_normal((2, 16, 32, 48)[: int(dim[0]) + 1] + (4,)), jnp.float32)
     base = {path: 0.2 * random.standard_normal(leaf.shape, np.float32)
@@ -32,13 +33,15 @@ def loss_and_gradients(dim, dtype, method):
     return float(value), {path: g for path, g in jax.device_get(gradients).items() if not path.endswith("conv1/bias")}
 
 
-@pytest.mark.parametrize(("dim", "method", "dtype", "tolerance"), [
-    ("3d", "full", jnp.float32, 2e-4), ("2d", "conv_adapter", jnp.bfloat16, 0.05),
+@pytest.mark.parametrize(("dim", "method", "dtype", "n_channels", "tolerance"), [
+    ("3d", "full", jnp.float32, 4, 2e-4),
+    ("2d", "conv_adapter", jnp.bfloat16, 16, 0.05),  # from 16 channels on the kernels do it
+    ("3d", "lora", jnp.bfloat16, 16, 0.05),
 ])  # fmt: skip
-def test_loss_and_gradients_are_those_of_the_formulation_for_cpus(dim, method, dtype, tolerance, as_on_a_gpu):
-    value, gradients = loss_and_gradients(dim, dtype, peft.create(method))
+def test_loss_and_gradients_are_those_of_float32_on_a_cpu(dim, method, dtype, n_channels, tolerance, as_on_a_gpu):
+    value, gradients = loss_and_gradients(dim, jnp.float32, peft.create(method), n_channels)
     as_on_a_gpu()
-    other_value, others = loss_and_gradients(dim, dtype, peft.create(method))
+    other_value, others = loss_and_gradients(dim, dtype, peft.create(method), n_channels)
     assert other_value == pytest.approx(value, rel=tolerance)
     assert others.keys() == gradients.keys()
     for path, gradient in gradients.items():

@@ -1,0 +1,173 @@
+"""The kernels for GPUs, interpreted on a CPU: what XLA computes in float32, within bfloat16's rounding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from mednext_jax.nn import depthwise
+from mednext_jax.nn.gpu import depthwise as gpu_depthwise
+from mednext_jax.nn.gpu import mlp, statistics, tap_sums, triton
+
+ROUNDING = 2**-8  # of one bfloat16 number, relative
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(triton, "interpreted", True)
+
+
+def noise(*shape, dtype=jnp.bfloat16, seed=0):
+    return jnp.asarray(np.random.default_rng(seed + sum(shape)).standard_normal(shape), dtype)
+
+
+def assert_close(found, wanted, tolerance):
+    found, wanted = (np.asarray(a, np.float64) for a in (found, wanted))
+    assert found.shape == wanted.shape
+    assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
+
+
+SHAPES = [  # of x, kernel
+    ((2, 18, 5, 24, 32), (3, 3, 3)),  # more planes than one program walks through
+    ((1, 3, 4, 20, 64), (5, 5, 5)),
+    ((1, 5, 6, 7, 48), (3, 5, 3)),  # channels that are no power of two, an unequal kernel
+    ((2, 6, 48, 16), (3, 3)),
+    ((1, 1, 2, 16, 32), (3, 3, 3)),
+]
+
+
+def sizes_after(mode, sizes):
+    return tuple({"same": n, "down": (n - 1) // 2 + 1, "up": 2 * n - 1, "up to even": 2 * n}[mode] for n in sizes)
+
+
+@pytest.mark.parametrize(("shape", "kernel"), SHAPES)
+@pytest.mark.parametrize("mode", ["same", "down", "up", "up to even"])
+def test_depthwise_kernels_compute_the_operations_and_their_kernel_gradients(mode, shape, kernel):
+    sizes, channels = shape[1:-1], shape[-1]
+    out = sizes_after(mode, sizes)
+    x, taps, bias = noise(*shape), noise(*kernel, channels, dtype=jnp.float32), noise(channels, dtype=jnp.float32)
+    onto = noise(*shape, seed=1) if mode == "same" else None
+    operation = mode.split()[0]
+    fill = (1,) * (3 - len(sizes))
+
+    def by_xla(taps):
+        y = gpu_depthwise.by_xla(operation, x.reshape(shape[0], *fill, *shape[1:]), taps.reshape(*fill, *taps.shape),
+                                 fill + out)  # fmt: skip
+        return y.reshape(shape[0], *out, channels)
+
+    wanted, back = jax.vjp(by_xla, taps)
+    found = jax.jit(gpu_depthwise.convolve, static_argnums=(0, 4))(operation, x, taps, bias, out, onto)
+    assert found.dtype == jnp.bfloat16
+    assert_close(found, wanted + bias + (0 if onto is None else onto.astype(jnp.float32)), ROUNDING)
+    g = noise(shape[0], *out, channels, seed=2)
+    pair = (g, x) if operation == "up" else (x, g)
+    sums = jax.jit(tap_sums.tap_sums, static_argnums=3)(*pair, taps, 1 if mode == "same" else 2)
+    assert_close(sums, back(g.astype(jnp.float32))[0], 1e-5)
+
+
+def test_statistics_keep_the_digits_of_a_large_mean():
+    x = (noise(2, 9, 10, 11, 48, dtype=jnp.float32) + jnp.arange(48) * 4).astype(jnp.bfloat16)
+    mean, squares = jax.jit(statistics.mean_and_squares)(x)
+    wide = np.asarray(x, np.float64).reshape(2, -1, 48)
+    np.testing.assert_allclose(mean, wide.mean(1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(squares, np.square(wide - wide.mean(1, keepdims=True)).sum(1), rtol=1e-4)
+
+
+def second_half(y, norm, matrices):
+    """Written out in float32, nothing shared with the package."""
+    n = y.astype(jnp.float32)
+    if norm is not None:
+        n = (n - norm.mean[:, None]) * norm.rstd[:, None] * norm.scale + norm.shift
+    return jax.nn.gelu(n @ matrices.expand + matrices.expand_bias, approximate=False) @ matrices.compress
+
+
+MLPS = [  # voxels, channels, expanded, out, with a norm
+    (210, 32, 64, 32, True),  # one kernel for all gradients
+    (333, 64, 192, 32, True),  # three parts of the expanded channels
+    (150, 32, 16, 32, False),  # as a Conv-Adapter has it
+    (70, 128, 96, 64, True),
+]
+
+
+def operands(voxels, channels, expanded, out, normed):
+    wide = dict(dtype=jnp.float32)
+    norm = mlp.Norm(noise(2, channels, **wide), jnp.abs(noise(2, channels, seed=1, **wide)) + 0.5,
+                    noise(channels, **wide), noise(channels, seed=1, **wide)) if normed else None  # fmt: skip
+    matrices = mlp.Matrices(noise(channels, expanded, **wide) / channels**0.5, noise(expanded, **wide),
+                            noise(expanded, out, **wide) / expanded**0.5, noise(out, **wide))  # fmt: skip
+    return noise(2, voxels, channels), noise(2, voxels, out, seed=3), norm, matrices
+
+
+@pytest.mark.parametrize("case", MLPS)
+def test_second_half_and_its_gradients_are_those_of_float32(case):
+    y, g, norm, matrices = operands(*case)
+    wanted = second_half(y, norm, matrices) + matrices.compress_bias + g.astype(jnp.float32)
+    assert_close(jax.jit(mlp.forward)(y, g, norm, matrices), wanted, 2 * ROUNDING)
+    x_hat = y.astype(jnp.float32)
+    if norm is not None:
+        x_hat = (x_hat - norm.mean[:, None]) * norm.rstd[:, None]
+    n = x_hat if norm is None else x_hat * norm.scale + norm.shift
+
+    def of_normed(n, matrices):
+        return second_half(n, None, matrices) + matrices.compress_bias
+
+    d_n, d_matrices = jax.vjp(of_normed, n, matrices)[1](g.astype(jnp.float32))
+    for wants in ((True, True), (True, False), (False, True)):
+        found = jax.jit(mlp.gradients, static_argnums=(4, 5))(y, g, norm, matrices, *wants)
+        if wants[0]:
+            assert_close(found.d_n, d_n, 3 * ROUNDING)
+            if norm is not None:
+                assert_close(found.total, d_n.sum(1), 3 * ROUNDING)
+                assert_close(found.moment, (d_n * x_hat).sum(1), 3 * ROUNDING)
+        for part, other in zip(found.matrices or (), d_matrices if wants[1] else (), strict=True):
+            assert_close(part, other, 3 * ROUNDING)
+
+
+def uses_kernels(function, *arguments):
+    return "pallas_call" in str(jax.make_jaxpr(function)(*arguments))
+
+
+def test_kernels_run_on_a_gpu_in_bfloat16_and_nowhere_else(as_on_a_gpu, monkeypatch):
+    x, kernel = noise(1, 4, 6, 16, 32), noise(3, 3, 3, 1, 32, dtype=jnp.float32)
+    jax.clear_caches()
+    assert not uses_kernels(depthwise.depthwise_conv, x, kernel)
+    as_on_a_gpu()
+    assert uses_kernels(depthwise.depthwise_conv, x, kernel)
+    jax.clear_caches()
+    assert not uses_kernels(depthwise.depthwise_conv, x.astype(jnp.float32), kernel)
+    assert not uses_kernels(depthwise.depthwise_conv, x[..., :20], kernel[..., :20])
+    jax.clear_caches()
+    monkeypatch.setenv(triton.SWITCH, "off")
+    assert not uses_kernels(depthwise.depthwise_conv, x, kernel)
+
+
+def test_what_kernels_cannot_do_is_done_by_xla(as_on_a_gpu):
+    as_on_a_gpu()
+    xs, kernel = noise(3, 1, 4, 6, 16, 32), noise(3, 3, 3, 1, 32, dtype=jnp.float32)
+    each = jnp.stack([depthwise.depthwise_conv(x, kernel) for x in xs])
+    assert_close(jax.vmap(depthwise.depthwise_conv, (0, None))(xs, kernel), each, ROUNDING)
+
+    def size(kernel):
+        return jnp.square(depthwise.depthwise_conv(xs[0], kernel).astype(jnp.float32)).sum()
+
+    # Quadratic in the kernel: the second derivative along it is twice the value.
+    second = jax.jvp(jax.grad(size), (kernel,), (kernel,))[1]
+    assert float((second * kernel).sum()) == pytest.approx(2 * float(size(kernel)), rel=0.02)
+
+
+def test_a_batch_on_four_devices_stays_where_it_is():
+    x, taps = noise(4, 5, 6, 16, 32), noise(3, 3, 3, 32, dtype=jnp.float32)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+
+    def work(x, taps):
+        y = gpu_depthwise.convolve("same", x, taps, None, x.shape[1:-1])
+        return y, statistics.mean_and_squares(y)[0], tap_sums.tap_sums(x, y, taps, 1)
+
+    program = jax.jit(work, in_shardings=(split, whole), out_shardings=(split, split, whole)).lower(x, taps).compile()
+    text = program.as_text()
+    assert "all-gather" not in text and text.count(" all-reduce(") == 1
+    found = program(jax.device_put(x, split), jax.device_put(taps, whole))
+    for part, alone in zip(found, jax.jit(work)(x, taps), strict=True):
+        np.testing.assert_allclose(np.asarray(part, np.float32), np.asarray(alone, np.float32), rtol=1e-5, atol=1e-5)
