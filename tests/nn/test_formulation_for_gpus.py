@@ -16,7 +16,8 @@ def loss_and_gradients(dim, dtype, method, n_channels):
     blocks = (1, 0, 0, 0, 0, 0, 0, 0, 0)
     network = MedNeXt(n_channels=n_channels, n_classes=3, block_counts=blocks, dim=dim, dtype=dtype)
     random = np.random.default_rng(0)
-    x = jnp.asarray(random.standard_normal((2, 16, 32, 48)[: int(dim[0]) + 1] + (4,)), jnp.float32)
+    sizes = (64, 96) if dim == "2d" else (16, 32, 48)
+    x = jnp.asarray(random.standard_normal((2, *sizes, 4)), jnp.float32)
     base = {path: 0.2 * random.standard_normal(leaf.shape, np.float32)
             for path, leaf in parameter_shapes(network).items()}  # fmt: skip
     network, params = method.apply_to(network, unflatten(base), jax.random.key(1))
@@ -35,7 +36,7 @@ def loss_and_gradients(dim, dtype, method, n_channels):
 
 @pytest.mark.parametrize(("dim", "method", "dtype", "n_channels", "tolerance"), [
     ("3d", "full", jnp.float32, 4, 2e-4),
-    ("2d", "conv_adapter", jnp.bfloat16, 16, 0.05),  # from 16 channels on the kernels do it
+    ("2d", "conv_adapter", jnp.bfloat16, 16, 0.1),  # from 16 channels on the kernels do it
     ("3d", "lora", jnp.bfloat16, 16, 0.05),
 ])  # fmt: skip
 def test_loss_and_gradients_are_those_of_float32_on_a_cpu(dim, method, dtype, n_channels, tolerance, as_on_a_gpu):
