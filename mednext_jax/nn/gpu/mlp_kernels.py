@@ -10,7 +10,9 @@ from jax import Array
 from mednext_jax.nn.gpu import triton
 
 VOXELS, VOXELS_BACK = 128, 64  # that a program takes at once, forward and backward
-PROGRAMS = 768  # of which each adds up the sums of its voxels
+PROGRAMS = 768  # per sample, at most, of which each adds up the sums of its voxels
+SUMS = 2**22  # numbers that a sample's programs write in all, unless there are PROGRAMS_LEAST of them
+PROGRAMS_LEAST = 64
 
 
 def chunk_of(expanded: int) -> int:
@@ -92,7 +94,8 @@ def backward(
     voxels, channels, expanded, out = sizes
     chunk = chunk_of(expanded)
     groups = expanded // chunk if sums else 1  # a program holds the sums of one chunk
-    each = -(-voxels // (VOXELS_BACK * PROGRAMS))
+    most = min(max(SUMS // (expanded * (channels + out)), PROGRAMS_LEAST), PROGRAMS) if sums else PROGRAMS
+    each = -(-voxels // (VOXELS_BACK * most))
     programs = -(-voxels // (VOXELS_BACK * each))
 
     def bottleneck_gradients(y_ref, g_ref, *refs):
