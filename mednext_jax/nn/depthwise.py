@@ -102,12 +102,8 @@ def convolve(mode: str, x: Array, taps: Array, bias: Array | None) -> Array:
     """The operation itself, without checks and without a derivative of its own; taps (*k, C)."""
     out = out_sizes(mode, x.shape[1:-1])
     if gpu_depthwise.usable(x, taps, grows=mode == "up"):
-        return gpu_depthwise.convolve(mode, x, taps, bias, out)
-    seen = padded(x, margins(taps.shape[:-1]))
-    if mode == "up":
-        y = _interleaved_phases(seen, taps, x.shape[1:-1], out)
-    else:
-        y = _sum_of_shifts(seen, taps, out, _stride(mode))
+        return gpu_depthwise.convolve(mode, x, taps, bias, out, _plain)
+    y = _plain(mode, x, taps, out)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
@@ -128,7 +124,8 @@ def gradients(
     if wanted.x and by_kernels:
         backwards = {"same": "same", "down": "up", "up": "down"}[mode]
         seen = _mirrored(taps) if mode == "same" else taps
-        dx = gpu_depthwise.convolve(backwards, padded_g, seen, None, wanted.sizes, onto if mode == "same" else None)
+        more = onto if mode == "same" else None
+        dx = gpu_depthwise.convolve(backwards, padded_g, seen, None, wanted.sizes, _plain, more)
     elif wanted.x and mode == "down":
         dx = _interleaved_phases(padded_g, taps, out, wanted.sizes)
     elif wanted.x:
@@ -137,7 +134,7 @@ def gradients(
         dx = dx + onto
     if wanted.taps and by_kernels:
         pair = (padded_g, x) if mode == "up" else (x, padded_g)
-        d_taps = gpu_tap_sums.tap_sums(*pair, taps, stride).astype(taps.dtype)
+        d_taps = gpu_tap_sums.tap_sums(*pair, taps, stride, _plain).astype(taps.dtype)
     elif wanted.taps:
         smaller = wanted.sizes if mode == "up" else out
         rows = missing_rows(smaller[-2])
@@ -194,6 +191,14 @@ def _conv_backward(mode: str, saved: tuple, g: Any):
 
 
 _conv.defvjp(_conv_forward, _conv_backward, symbolic_zeros=True)
+
+
+def _plain(mode: str, x: Array, taps: Array, out: Sequence[int]) -> Array:
+    """The operation as a sum of shifts, without bias: (B, *out, C)."""
+    seen = padded(x, margins(taps.shape[:-1]))
+    if mode == "up":
+        return _interleaved_phases(seen, taps, x.shape[1:-1], out)
+    return _sum_of_shifts(seen, taps, out, _stride(mode))
 
 
 def _mirrored(taps: Array) -> Array:

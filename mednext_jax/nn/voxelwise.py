@@ -8,6 +8,8 @@ The norm in front of the function has its gradient in closed form: with ``n = x_
 ``dx = scale * rstd * (dn - sum(dn) / N - x_hat * sum(dn * x_hat) / N)``; both sums are the norm's own gradients and
 fall out of the loop that makes dn, so no further pass over memory is needed for them.
 
+On an NVIDIA GPU in bfloat16 the kernels of mednext_jax/nn/gpu do both passes where they can.
+
 A depthwise convolution in front of the norm can be part of the same operation. Its gradients then read what that loop
 wrote, which already has the zeros around it that they need, and its result may be computed again instead of kept.
 """

@@ -29,7 +29,7 @@ def rows_at_once() -> int:
     """Rows whose products the kernel gradient adds up in one pass.
 
     On CPU eight are as fast as sixteen and compile faster; more do not stay in cache together. For a GPU, a program
-    with eight moves 178 GB where one with sixteen moves 168 (MedNeXt-S, 128^3, batch 2, bfloat16).
+    with eight moves 178 GB where one with sixteen moves 168 (MedNeXt-S, 128^3, batch 2, bfloat16, without kernels).
     """
     return 8 if jax.default_backend() == "cpu" else 16
 

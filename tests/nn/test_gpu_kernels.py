@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mednext_jax.nn import depthwise
 from mednext_jax.nn.gpu import depthwise as gpu_depthwise
-from mednext_jax.nn.gpu import mlp, statistics, tap_sums, triton
+from mednext_jax.nn.gpu import mlp, mlp_kernels, statistics, tap_sums, triton
 
 ROUNDING = 2**-8  # of one bfloat16 number, relative
 
@@ -34,13 +34,42 @@ SHAPES = [  # of x, kernel
     ((1, 5, 6, 7, 48), (3, 5, 3)),  # channels that are no power of two, an unequal kernel
     ((2, 6, 48, 16), (3, 3)),
     ((1, 1, 2, 16, 32), (3, 3, 3)),
+    ((1, 4, 3, 80, 16), (7, 3, 3)),  # several blocks in a row
 ]
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Each goes around its loop several times."""
+    kept = (tap_sums._kernel, statistics._statistics, mlp_kernels.backward)
+    for module in (tap_sums, statistics, mlp_kernels):
+        monkeypatch.setattr(module, "PROGRAMS", 3)
+    for each in kept:
+        each.cache_clear()
+    yield
+    for each in kept:
+        each.cache_clear()
+
+
+def by_xla(mode, x, taps, out):
+    """XLA's grouped convolution: x (B, D, H, W, C), taps (kz, ky, kx, C)."""
+    up = mode == "up"
+    twice = [2 if up and (n > 1 or m > 1) else 1 for n, m in zip(x.shape[1:-1], out, strict=True)]
+    behind = [m - (s * (n - 1) + 1) if up else 0 for m, s, n in zip(out, twice, x.shape[1:-1], strict=True)]
+    return jax.lax.conv_general_dilated(
+        x.astype(jnp.float32), (jnp.flip(taps, (0, 1, 2)) if up else taps)[..., None, :],
+        [2 if mode == "down" else 1] * 3,
+        [(k // 2, k // 2 + more) for k, more in zip(taps.shape[:-1], behind, strict=True)], lhs_dilation=twice,
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"), feature_group_count=x.shape[-1],
+        precision=jax.lax.Precision.HIGHEST,
+    )  # fmt: skip
 
 
 def sizes_after(mode, sizes):
     return tuple({"same": n, "down": (n - 1) // 2 + 1, "up": 2 * n - 1, "up to even": 2 * n}[mode] for n in sizes)
 
 
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize(("shape", "kernel"), SHAPES)
 @pytest.mark.parametrize("mode", ["same", "down", "up", "up to even"])
 def test_depthwise_kernels_compute_the_operations_and_their_kernel_gradients(mode, shape, kernel):
@@ -51,21 +80,21 @@ def test_depthwise_kernels_compute_the_operations_and_their_kernel_gradients(mod
     operation = mode.split()[0]
     fill = (1,) * (3 - len(sizes))
 
-    def by_xla(taps):
-        y = gpu_depthwise.by_xla(operation, x.reshape(shape[0], *fill, *shape[1:]), taps.reshape(*fill, *taps.shape),
-                                 fill + out)  # fmt: skip
+    def forward(taps):
+        y = by_xla(operation, x.reshape(shape[0], *fill, *shape[1:]), taps.reshape(*fill, *taps.shape), fill + out)
         return y.reshape(shape[0], *out, channels)
 
-    wanted, back = jax.vjp(by_xla, taps)
-    found = jax.jit(gpu_depthwise.convolve, static_argnums=(0, 4))(operation, x, taps, bias, out, onto)
+    wanted, back = jax.vjp(forward, taps)
+    found = jax.jit(gpu_depthwise.convolve, static_argnums=(0, 4, 5))(operation, x, taps, bias, out, None, onto)
     assert found.dtype == jnp.bfloat16
     assert_close(found, wanted + bias + (0 if onto is None else onto.astype(jnp.float32)), ROUNDING)
     g = noise(shape[0], *out, channels, seed=2)
     pair = (g, x) if operation == "up" else (x, g)
-    sums = jax.jit(tap_sums.tap_sums, static_argnums=3)(*pair, taps, 1 if mode == "same" else 2)
+    sums = jax.jit(tap_sums.tap_sums, static_argnums=(3, 4))(*pair, taps, 1 if mode == "same" else 2, None)
     assert_close(sums, back(g.astype(jnp.float32))[0], 1e-5)
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_statistics_keep_the_digits_of_a_large_mean():
     x = (noise(2, 9, 10, 11, 48, dtype=jnp.float32) + jnp.arange(48) * 4).astype(jnp.bfloat16)
     mean, squares = jax.jit(statistics.mean_and_squares)(x)
@@ -99,6 +128,7 @@ def operands(voxels, channels, expanded, out, normed):
     return noise(2, voxels, channels), noise(2, voxels, out, seed=3), norm, matrices
 
 
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("case", MLPS)
 def test_second_half_and_its_gradients_are_those_of_float32(case):
     y, g, norm, matrices = operands(*case)
@@ -158,16 +188,22 @@ def test_what_kernels_cannot_do_is_done_by_xla(as_on_a_gpu):
 
 def test_a_batch_on_four_devices_stays_where_it_is():
     x, taps = noise(4, 5, 6, 16, 32), noise(3, 3, 3, 32, dtype=jnp.float32)
+    matrices = operands(1, 32, 64, 32, False)[-1]
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
 
     def work(x, taps):
-        y = gpu_depthwise.convolve("same", x, taps, None, x.shape[1:-1])
-        return y, statistics.mean_and_squares(y)[0], tap_sums.tap_sums(x, y, taps, 1)
+        y = gpu_depthwise.convolve("same", x, taps, None, x.shape[1:-1], None)
+        mean, squares = statistics.mean_and_squares(y)
+        norm = mlp.Norm(mean, squares / squares, jnp.ones(32), jnp.zeros(32))
+        out = mlp.forward(y, x, norm, matrices)
+        found = mlp.gradients(y, x, norm, matrices, True, True)
+        return out, mean, found.d_n, found.moment, (tap_sums.tap_sums(x, y, taps, 1, None), found.matrices)
 
-    program = jax.jit(work, in_shardings=(split, whole), out_shardings=(split, split, whole)).lower(x, taps).compile()
+    places = (split, split, split, split, whole)
+    program = jax.jit(work, in_shardings=(split, whole), out_shardings=places).lower(x, taps).compile()
     text = program.as_text()
-    assert "all-gather" not in text and text.count(" all-reduce(") == 1
+    assert "all-gather" not in text and 0 < text.count(" all-reduce(") <= 5  # taps and four of the matrices
     found = program(jax.device_put(x, split), jax.device_put(taps, whole))
-    for part, alone in zip(found, jax.jit(work)(x, taps), strict=True):
-        np.testing.assert_allclose(np.asarray(part, np.float32), np.asarray(alone, np.float32), rtol=1e-5, atol=1e-5)
+    for part, alone in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(work)(x, taps)), strict=True):
+        assert_close(part, alone, 1e-5)

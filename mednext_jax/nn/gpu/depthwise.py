@@ -19,6 +19,8 @@ ROW, CHANNELS = 64, 32  # voxels and channels of a block
 PLANES = 16  # that one program walks through
 LARGEST = 7  # kernel size
 
+Plain = Callable[[str, Array, Array, tuple[int, ...]], Array]  # (mode, x (B, D, H, W, C), taps, sizes out) -> y
+
 
 def usable(x: Array, taps: Array, grows: bool) -> bool:
     """Whether the kernels take x (B, *spatial, C) and taps (*k, C).
@@ -37,12 +39,15 @@ def spatial(array: Array, before: int) -> Array:
 
 
 def convolve(
-    mode: str, x: Array, taps: Array, bias: Array | None, out: Sequence[int], onto: Array | None = None
+    mode: str, x: Array, taps: Array, bias: Array | None, out: Sequence[int], plain: Plain, onto: Array | None = None
 ) -> Array:
     """The operation "same", "down" or "up", with zeros outside, plus ``onto`` (mode "same" alone).
 
     Shapes: x (B, *spatial, C), taps (*k, C), bias (C,); returns (B, *out, C), in the dtype of x. "up" makes sizes
     2n - 1 or 2n of n.
+
+    Args:
+      plain: the operation without kernels, for what they cannot do.
     """
     sizes = (1, *out) if x.ndim == 4 else tuple(out)
     flat = x.ndim == 4
@@ -63,26 +68,12 @@ def convolve(
         )  # fmt: skip
 
     def reference(x: Array, taps: Array, bias: Array, *onto: Array) -> tuple[Array]:
-        y = by_xla(mode, x, taps, sizes) + bias
-        return ((y + onto[0] if onto else y).astype(x.dtype),)
+        y = plain(mode, x, taps, sizes) + bias.astype(x.dtype)
+        return (y + onto[0] if onto else y,)
 
     split = (True, False, False, *(True for _ in more))
     (y,) = triton.with_reference(fast, reference, split, 1)(x, taps, bias, *more)
     return y[:, 0] if flat else y
-
-
-def by_xla(mode: str, x: Array, taps: Array, out: Sequence[int]) -> Array:
-    """The same operation by XLA: x (B, D, H, W, C), taps (kz, ky, kx, C); float32."""
-    up = mode == "up"
-    twice = [2 if n > 1 or m > 1 else 1 for n, m in zip(x.shape[1:-1], out, strict=True)]
-    padding = [(k // 2, k // 2 + (m - (s * (n - 1) + 1) if up else 0))
-               for k, m, n, s in zip(taps.shape[:-1], out, x.shape[1:-1], twice, strict=True)]  # fmt: skip
-    return jax.lax.conv_general_dilated(
-        x.astype(jnp.float32), (jnp.flip(taps, (0, 1, 2)) if up else taps)[..., None, :],
-        [2 if mode == "down" else 1] * 3, padding, lhs_dilation=twice if up else None,
-        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"), feature_group_count=x.shape[-1],
-        precision=jax.lax.Precision.HIGHEST,
-    )  # fmt: skip
 
 
 def _lanes(part: Array, across: Array, channels: int, many: int) -> tuple[Array, Array]:

@@ -39,9 +39,10 @@ class Matrices(NamedTuple):
 def usable(y: Array, matrices: Matrices) -> bool:
     """Whether the kernels take y (B, *spatial, C) and these matrices."""
     sizes = (*matrices.expand.shape, matrices.compress.shape[1])
-    if not triton.usable(y) or y.size // y.shape[-1] * max(sizes[0], sizes[2]) > triton.MOST_ELEMENTS:
-        return False
     channels, expanded, out = sizes
+    sums = y.shape[0] * mlp_kernels.most_sums(channels, expanded, out)
+    if not triton.usable(y) or max(y.size // channels * out, sums) > triton.MOST_ELEMENTS:
+        return False
     powers = all(size & (size - 1) == 0 for size in (channels, out))
     return powers and 16 <= channels <= MOST_CHANNELS and 16 <= out <= MOST_CHANNELS and expanded % 16 == 0
 
@@ -85,20 +86,19 @@ class Gradients(NamedTuple):
 def gradients(y: Array, g: Array, norm: Norm | None, matrices: Matrices, d_n: bool, d_matrices: bool) -> Gradients:
     """The gradients for g (B, *spatial, O), that of the result; ``d_n`` with the norm's sums.
 
-    The kernels add up the sums G of ``x_hat * d_h`` and H of d_h, the gradient before the GELU. What else is a sum over
-    voxels follows from them: with n = x_hat * scale + shift, the expansion's gradient is ``scale * G + shift * H``;
-    with d_n = d_h @ expand^T, its sum is ``H @ expand^T``, and that of ``d_n * x_hat`` is ``sum_e(G * expand)``.
+    Where the matrices learn, the kernels add up the sums G of ``x_hat * d_h`` and H of d_h, the gradient before the
+    GELU. What else is a sum over voxels follows from them: with n = x_hat * scale + shift, the expansion's gradient is
+    ``scale * G + shift * H``; with d_n = d_h @ expand^T, its sum is ``H @ expand^T``, and that of ``d_n * x_hat`` is
+    ``sum_e(G * expand)``.
     """
-    sums = d_matrices or (d_n and norm is not None)
     together = mlp_kernels.chunk_of(matrices.expand.shape[1]) == matrices.expand.shape[1]
-    asked = [(d_n, sums, d_matrices)]
-    if d_n and sums and not together:
-        asked = [(True, False, False), (False, True, d_matrices)]
     found: dict[str, Array] = {}
-    for each in asked:
-        found |= _run_backward(y, g, norm, matrices, *each)
-    total = moment = d_weights = None
-    if d_n and norm is not None:
+    if d_n and not (together and d_matrices):
+        found = _run_backward(y, g, norm, matrices, True, norm is not None and not d_matrices, False)
+    if d_matrices:
+        found |= _run_backward(y, g, norm, matrices, d_n and together, False, True)
+    total, moment, d_weights = found.get("total"), found.get("moment"), None
+    if d_n and d_matrices and norm is not None:
         expand = matrices.expand.astype(y.dtype).astype(jnp.float32)  # as the kernels have it
         total = _exact("be,ce->bc", found["before_gelu"], expand)
         moment = (found["expand"] * expand).sum(2)
@@ -121,19 +121,22 @@ def _exact(axes: str, a: Array, b: Array) -> Array:
 
 
 def _run_backward(
-    y: Array, g: Array, norm: Norm | None, matrices: Matrices, d_n: bool, sums: bool, d_compress: bool
+    y: Array, g: Array, norm: Norm | None, matrices: Matrices, d_n: bool, norm_sums: bool, d_matrices: bool
 ) -> dict[str, Array]:
-    """One kernel for what is asked for: "d_n"; "expand" (B, C, E), "before_gelu" (B, E); "compress", "out" likewise."""
+    """One kernel for what is asked for: "d_n" (B, *spatial, C); "total" and "moment" (B, C), the sums of d_n and of
+    d_n * x_hat; "expand" (B, C, E), "before_gelu" (B, E), "compress" (B, E, O) and "out" (B, O).
+    """
     batch, channels = y.shape[0], y.shape[-1]
     expanded, out = matrices.compress.shape
     rows, g_rows = y.reshape(batch, -1, channels), g.reshape(batch, -1, out)
     sizes = (*rows.shape[1:], expanded, out)
-    kernel, programs, groups = mlp_kernels.backward(sizes, norm is not None, d_n, sums, d_compress)
+    kernel, programs, groups = mlp_kernels.backward(sizes, norm is not None, d_n, norm_sums, d_matrices)
     stages = 3 if channels + out <= 128 else 1  # voxels are read ahead where a small card's shared memory is enough
     shapes = {}
-    if sums:
+    if norm_sums:
+        shapes |= {"total": (channels,), "moment": (channels,)}
+    if d_matrices:
         shapes |= {"expand": (channels, expanded), "before_gelu": (expanded,)}
-    if d_compress:
         shapes |= {"compress": (expanded, out), "out": (out,)}
 
     def fast(y: Array, g: Array, *others: Array) -> list[Array]:
@@ -141,7 +144,7 @@ def _run_backward(
         parts = [jax.ShapeDtypeStruct((y.shape[0], programs, *shape), jnp.float32) for shape in shapes.values()]
         return triton.launch(
             kernel, (y.shape[0] * programs, groups), own + parts, (y, g, *others),
-            flops=_flops(y, sizes, 1 + (d_n + sums + d_compress) / 2), warps=4, stages=stages,
+            flops=_flops(y, sizes, 1 + d_n / 2 + d_matrices), warps=4, stages=stages,
         )  # fmt: skip
 
     def reference(y: Array, g: Array, *others: Array) -> tuple[Array, ...]:
@@ -151,9 +154,11 @@ def _run_backward(
         (n, hat, g), matrices_ = (a.astype(jnp.float32) for a in (n, hat, g)), Matrices(*matrices_)
         a, to_h = jax.vjp(_gelu_by_xla, _exact("bvc,ce->bve", n, matrices_.expand) + matrices_.expand_bias)
         (d_h,) = to_h(_exact("bvo,eo->bve", g, matrices_.compress))
-        found = [_exact("bve,ce->bvc", d_h, matrices_.expand).astype(y.dtype)] if d_n else []
-        parts = [_exact("bvc,bve->bce", hat, d_h), d_h.sum(1)] if sums else []
-        parts += [_exact("bve,bvo->beo", a, g), g.sum(1)] if d_compress else []
+        own = _exact("bve,ce->bvc", d_h, matrices_.expand)
+        found = [own.astype(y.dtype)] if d_n else []
+        parts = [own.sum(1), (own * hat).sum(1)] if norm_sums else []
+        if d_matrices:
+            parts += [_exact("bvc,bve->bce", hat, d_h), d_h.sum(1), _exact("bve,bvo->beo", a, g), g.sum(1)]
         # The sum in the place of the first program's, zeros in those of the others.
         return (*found, *(jnp.pad(p[:, None], ((0, 0), (0, programs - 1), *((0, 0),) * (p.ndim - 1))) for p in parts))
 

@@ -15,6 +15,11 @@ SUMS = 2**22  # numbers that a sample's programs write in all, unless there are 
 PROGRAMS_LEAST = 64
 
 
+def most_sums(channels: int, expanded: int, out: int) -> int:
+    """Numbers that a sample's programs write at most of the matrices' gradients."""
+    return max(SUMS, PROGRAMS_LEAST * expanded * (channels + out))
+
+
 def chunk_of(expanded: int) -> int:
     """Expanded channels that are worked on at once."""
     return min(expanded & -expanded, 64)
@@ -88,13 +93,18 @@ def forward(sizes: tuple[int, int, int, int], normed: bool, has_onto: bool) -> C
 
 @triton.kept
 def backward(
-    sizes: tuple[int, int, int, int], normed: bool, wants_d_n: bool, sums: bool, d_compress: bool
+    sizes: tuple[int, int, int, int], normed: bool, wants_d_n: bool, norm_sums: bool, d_matrices: bool
 ) -> tuple[Callable, int, int]:
-    """The kernel, its programs per sample, and the groups of expanded channels among which they are divided."""
+    """The kernel, its programs per sample, and the groups of expanded channels among which they are divided.
+
+    Args: ``norm_sums``: of d_n and of d_n * x_hat, with ``wants_d_n`` and a norm, without ``d_matrices``.
+    """
     voxels, channels, expanded, out = sizes
     chunk = chunk_of(expanded)
-    groups = expanded // chunk if sums else 1  # a program holds the sums of one chunk
-    most = min(max(SUMS // (expanded * (channels + out)), PROGRAMS_LEAST), PROGRAMS) if sums else PROGRAMS
+    groups = expanded // chunk if d_matrices else 1  # a program holds the sums of one chunk
+    most = PROGRAMS
+    if d_matrices:
+        most = min(most_sums(channels, expanded, out) // (expanded * (channels + out)), PROGRAMS)
     each = -(-voxels // (VOXELS_BACK * most))
     programs = -(-voxels // (VOXELS_BACK * each))
 
@@ -121,7 +131,7 @@ def backward(
         def weights(middle):
             return expand_ref[expand_at(middle)], expand_bias_ref[middle][None, :], compress_ref[compress_at(middle)]
 
-        own = weights(part(group)) if sums else None
+        own = weights(part(group)) if d_matrices else None
 
         def step(i, carry):
             row = (begin * each + i) * VOXELS_BACK + jnp.arange(VOXELS_BACK)
@@ -146,34 +156,39 @@ def backward(
 
             d_n = jnp.zeros((VOXELS_BACK, channels), jnp.float32)
             carry = dict(carry)
-            if sums:
+            if d_matrices:
                 a, d_h = back(*own)
                 carry["expand"] = carry["expand"] + _dot(hat, d_h, (0, 0))
                 carry["before_gelu"] = carry["before_gelu"] + _dot(ones, d_h)
-                if d_compress:
-                    carry["compress"] = carry["compress"] + _dot(a.astype(y.dtype), g, (0, 0))
+                carry["compress"] = carry["compress"] + _dot(a.astype(y.dtype), g, (0, 0))
                 if wants_d_n:
                     d_n = d_n + _dot(d_h, own[0], (1, 1))
-                if d_compress:
-                    carry["out"] = carry["out"] + _dot(ones, g)
+                carry["out"] = carry["out"] + _dot(ones, g)
             else:
                 d_n = jax.lax.fori_loop(0, expanded // chunk, add, d_n)
+            if norm_sums:
+                narrow = d_n.astype(y.dtype)
+                carry["total"] = carry["total"] + _dot(ones, narrow)
+                carry["moment"] = carry["moment"] + _dot(ones, narrow * hat)
             if wants_d_n:
                 triton.store(results[0].at[at * channels + channel[None, :]], d_n.astype(y.dtype), mask=real)
             return carry
 
         shapes = {}
-        if sums:
+        if norm_sums:
+            shapes |= {"total": (16, channels), "moment": (16, channels)}
+        if d_matrices:
             shapes |= {"expand": (channels, chunk), "before_gelu": (16, chunk)}
-        if d_compress:
             shapes |= {"compress": (chunk, out), "out": (16, out)}
         carry = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
         carry = jax.lax.fori_loop(0, each, step, carry)
         parts, middle = results[int(wants_d_n) :], part(group)
-        if sums:
+        if norm_sums:
+            parts[0][place * channels + channel] = _one_of(carry["total"])
+            parts[1][place * channels + channel] = _one_of(carry["moment"])
+        if d_matrices:
             parts[0][place * (channels * expanded) + expand_at(middle)] = carry["expand"]
             parts[1][place * expanded + middle] = _one_of(carry["before_gelu"])
-        if d_compress:
             parts[2][place * (expanded * out) + compress_at(middle)] = carry["compress"]
             parts[3][place * out + outward] = _one_of(carry["out"])  # every group writes the same
 

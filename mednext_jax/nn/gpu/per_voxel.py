@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from mednext_jax.nn.gpu import mlp
+from mednext_jax.nn.gpu import mlp, triton
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,10 @@ class PerVoxel:
 
 def taken(f: Callable, y: Array, weights: Any) -> mlp.Matrices | None:
     """What the kernels need of the weights, or None if they cannot do ``f`` of y (B, *spatial, C)."""
-    matrices = f.matrices(weights) if isinstance(f, PerVoxel) else None
-    return matrices if matrices is not None and mlp.usable(y, matrices) else None
+    if not isinstance(f, PerVoxel) or not triton.usable(y):
+        return None
+    matrices = f.matrices(weights)
+    return matrices if mlp.usable(y, matrices) else None
 
 
 def norm_of(statistics: tuple[Array, Array] | None, norm: Any) -> mlp.Norm | None:
@@ -46,7 +48,9 @@ def gradients(
     """The gradient of the norm's result; its sums and those with x_hat, (B, 1, ..., 1, C); that of the learnt weights.
 
     Args:
-      matrices_of: of the learnt weights; leaves of ``learnt`` that are None are frozen.
+      matrices_of: makes the matrices of the learnt weights, which ``learnt`` is a tree of, None where one is frozen.
+      y, g: what the norm takes (B, *spatial, C), and the gradient of the result (B, *spatial, O).
+      d_n: whether the norm's gradients are wanted. If any weight learns, all four of the matrices' are made.
     """
     needs_weights = bool(jax.tree.leaves(learnt))
     matrices, to_weights = jax.vjp(matrices_of, learnt)

@@ -48,7 +48,7 @@ def mean_and_squares(x: Array) -> tuple[Array, Array]:
 
 @triton.kept
 def _statistics(sizes: tuple[int, int]):
-    """The kernel and how many voxels each program has."""
+    """The kernel, and the number of voxels of each program, (programs,)."""
     voxels, channels = sizes
     many = triton.block(channels, CHANNELS)
     each = -(-voxels // (VOXELS * PROGRAMS))

@@ -11,17 +11,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from mednext_jax.nn.gpu import triton
-from mednext_jax.nn.gpu.depthwise import CHANNELS, ROW, by_xla, spatial
+from mednext_jax.nn.gpu.depthwise import CHANNELS, ROW, Plain, spatial
 from mednext_jax.nn.windows import every_tap
 
 PROGRAMS = 512  # among which a sample's rows are divided
 MOST_TAPS = 9  # whose sums the registers hold
 
 
-def tap_sums(x: Array, g: Array, taps: Array, stride: int) -> Array:
+def tap_sums(x: Array, g: Array, taps: Array, stride: int, plain: Plain) -> Array:
     """``sum over batch and space of x[stride * i + t - k // 2] * g[i]``: (*k, C), float32.
 
-    Args: x (B, *spatial, C) and g (B, *out, C), which :func:`depthwise.usable` takes; taps (*k, C).
+    Args: x (B, *spatial, C) and g (B, *out, C), which :func:`depthwise.usable` takes; taps (*k, C); ``plain``: the
+    operation whose kernel gradient this is, without kernels, for what they cannot do.
     """
     shape, channels = taps.shape, taps.shape[-1]
     x, g, taps = spatial(x, 1), spatial(g, 1), spatial(taps, 0)
@@ -38,7 +39,7 @@ def tap_sums(x: Array, g: Array, taps: Array, stride: int) -> Array:
     def reference(x: Array, g: Array) -> tuple[Array]:
         def of_one(x: Array, g: Array) -> Array:
             def forward(taps: Array) -> Array:
-                return by_xla("down" if stride == 2 else "same", x[None], taps, g.shape[:-1])
+                return plain("down" if stride == 2 else "same", x[None].astype(jnp.float32), taps, g.shape[:-1])
 
             return jax.vjp(forward, jnp.zeros(taps.shape, jnp.float32))[1](g[None].astype(jnp.float32))[0]
 

@@ -1,8 +1,8 @@
 """Launching our own kernels on an NVIDIA GPU: written in Pallas, compiled by Triton, for bfloat16.
 
-They are there where XLA's fusions leave more than a third of the time on the table (docs/performance.md). Every kernel
-has its formulation in XLA beside it, which is what everything else runs: other devices, other types, sizes that the
-kernel was not written for, derivatives of derivatives, vmap, and ``MEDNEXT_JAX_KERNELS=off``.
+They are there where XLA takes a multiple of the time that a kernel does (docs/performance.md). Other devices, other
+types, sizes that a kernel was not written for and ``MEDNEXT_JAX_KERNELS=off`` run what stands in mednext_jax/nn beside
+the call; under vmap, and when a kernel is differentiated, its ``reference`` does the same by XLA.
 
 Kernels see arrays as flat and compute offsets themselves; blocks have sizes that are powers of two.
 """
@@ -24,7 +24,7 @@ try:
 except ImportError:  # a later JAX may be without
     triton = None
 
-SWITCH = "MEDNEXT_JAX_KERNELS"
+SWITCH = "MEDNEXT_JAX_KERNELS"  # read when a function is traced: a process that has begun keeps what it has traced
 MOST_ELEMENTS = 2**31 - 1  # offsets are 32-bit
 interpreted = False  # tests run the kernels on a CPU
 
@@ -59,7 +59,7 @@ def _instruction(text: str, *blocks: Array) -> Array:
 
 
 def divided(number: Array, by: int) -> tuple[Array, Array]:
-    """Quotient and rest of an index, which is not negative."""
+    """Quotient and remainder of an index, which is not negative."""
     by = jnp.asarray(by, number.dtype)
     return jax.lax.div(number, by), jax.lax.rem(number, by)
 
@@ -80,7 +80,8 @@ def _capable() -> bool:
 def block(size: int, most: int) -> int:
     """The size of a block over an axis of ``size``: a power of two that divides it, of at most ``most``.
 
-    Where those are below 16, the smallest power of two that covers the axis: the rest of the block is masked.
+    Where those are below 16 and the axis is longer, the smallest power of two that covers it, of at most ``most``: what
+    lies outside is masked.
     """
     divisor = min(size & -size, most)
     return divisor if divisor >= min(16, size) else min(1 << (size - 1).bit_length(), most)
@@ -111,9 +112,9 @@ def launch(
 
 
 def with_reference(fast: Callable, reference: Callable, split: Sequence[bool], n_results: int) -> Callable:
-    """``fast(*arrays)``, a tuple of arrays, with whatever it cannot do done by ``reference``.
+    """``fast(*arrays)``, several arrays; under vmap, and when it is differentiated, ``reference(*arrays)`` instead.
 
-    Under vmap and differentiation that is all; over several devices each runs the kernel on its own samples.
+    Over several devices each runs ``fast`` on its own samples.
 
     Args:
       split: of every argument whether its first axis is the batch; the first axis of every result is.
