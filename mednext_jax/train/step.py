@@ -207,4 +207,5 @@ def _compiled(step: Callable, mesh: jax.sharding.Mesh, structure: Any, leaves: t
     jitted = jax.jit(
         step, in_shardings=(held, same, split, same), out_shardings=(held, same), donate_argnums=0
     )
-    return last_program.compiled(jitted, shapes, list(mesh.devices.flat))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # which the kernels for GPUs ask for
+        return last_program.compiled(jitted, shapes, list(mesh.devices.flat))

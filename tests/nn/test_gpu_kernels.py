@@ -1,5 +1,7 @@
 """The kernels for GPUs, interpreted on a CPU: what XLA computes in float32, within bfloat16's rounding."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,7 +188,8 @@ def test_what_kernels_cannot_do_is_done_by_xla(as_on_a_gpu):
     assert float((second * kernel).sum()) == pytest.approx(2 * float(size(kernel)), rel=0.02)
 
 
-def test_a_batch_on_four_devices_stays_where_it_is():
+@pytest.mark.parametrize("in_context", [True, False])
+def test_a_batch_on_four_devices_stays_where_it_is(in_context):
     x, taps = noise(4, 5, 6, 16, 32), noise(3, 3, 3, 32, dtype=jnp.float32)
     matrices = operands(1, 32, 64, 32, False)[-1]
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
@@ -201,7 +204,8 @@ def test_a_batch_on_four_devices_stays_where_it_is():
         return out, mean, found.d_n, found.moment, (tap_sums.tap_sums(x, y, taps, 1, None), found.matrices)
 
     places = (split, split, split, split, whole)
-    program = jax.jit(work, in_shardings=(split, whole), out_shardings=places).lower(x, taps).compile()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if in_context else nullcontext():
+        program = jax.jit(work, in_shardings=(split, whole), out_shardings=places).lower(x, taps).compile()
     text = program.as_text()
     assert "all-gather" not in text and 0 < text.count(" all-reduce(") <= 5  # taps and four of the matrices
     found = program(jax.device_put(x, split), jax.device_put(taps, whole))

@@ -114,16 +114,26 @@ def launch(
 def with_reference(fast: Callable, reference: Callable, split: Sequence[bool], n_results: int) -> Callable:
     """``fast(*arrays)``, several arrays; under vmap, and when it is differentiated, ``reference(*arrays)`` instead.
 
-    Over several devices each runs ``fast`` on its own samples.
+    Over several devices each runs ``fast`` on its own samples, by the one axis of the mesh in whose context this is
+    traced, as ``mednext_jax/train/step.py`` does.
 
     Args:
       split: of every argument whether its first axis is the batch; the first axis of every result is.
     """
 
     def once(*arguments: Array) -> tuple[Array, ...]:
-        if jax.device_count() == 1:
+        mesh = jax.sharding.get_abstract_mesh()
+        if jax.device_count() == 1 or (not mesh.empty and mesh.size == 1):
             return tuple(fast(*arguments))
-        return _on_every_device(fast, tuple(split), n_results)(*arguments)
+        if not mesh.empty and len(mesh.axis_names) == 1:
+            (axis,) = mesh.axis_names
+            places = tuple(PartitionSpec(axis) if is_split else PartitionSpec() for is_split in split)
+            run = jax.shard_map(
+                lambda *parts: tuple(fast(*parts)), mesh=mesh, in_specs=places,
+                out_specs=(PartitionSpec(axis),) * n_results, check_vma=False,
+            )  # fmt: skip
+            return run(*arguments)
+        return _on_every_device(fast, tuple(split))(*arguments)
 
     batched = jax.custom_batching.custom_vmap(once)
 
@@ -137,8 +147,11 @@ def with_reference(fast: Callable, reference: Callable, split: Sequence[bool], n
     return whole
 
 
-def _on_every_device(fast: Callable, split: tuple[bool, ...], n_results: int) -> Callable:
-    """XLA cannot divide a kernel by itself: it would gather the batch on every device."""
+def _on_every_device(fast: Callable, split: tuple[bool, ...]) -> Callable:
+    """Without a mesh to go by. XLA cannot divide a kernel by itself: it would gather the batch on every device.
+
+    JAX finds no program with this in its persistent cache: it names a function by its place in memory.
+    """
     from jax.experimental.custom_partitioning import custom_partitioning
 
     divided = custom_partitioning(lambda *arguments: tuple(fast(*arguments)))
