@@ -2,12 +2,14 @@
 
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 from data_pipeline.progress import track
@@ -61,11 +63,15 @@ def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callab
     # Spawned, not forked: the caller may run threads (JAX does), which a fork would break.
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
+        ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         with _ctrl_c_waits():
             futures = [pool.submit(function, item) for item in items]
+            for future in futures:
+                future.add_done_callback(partial(_tell, ended))
         try:
-            for future in watched(_as_done(futures, title)):
-                future.result()
+            for error in watched(_as_done(ended, len(futures), title)):
+                if error is not None:
+                    raise error
         except BrokenProcessPool as error:
             text = "a worker process died (out of memory?); try fewer workers, finished cases are kept"
             raise ChildProcessError(text) from error
@@ -78,15 +84,24 @@ def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callab
         return [future.result() for future in futures]
 
 
-def _as_done(futures: Sequence[Future], title: str) -> Iterator[Future]:
-    """The futures as they complete; the wait for the next one has an end."""
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, ITEM_SECONDS, FIRST_COMPLETED)
-        if not done:
+def _tell(ended: queue.SimpleQueue, future: Future) -> None:
+    if not future.cancelled():
+        ended.put(future.exception())
+
+
+def _as_done(ended: queue.SimpleQueue, count: int, title: str) -> Iterator[BaseException | None]:
+    """What each item ended with, as they end; the wait for the next one has an end.
+
+    By a queue: who waits for futures takes their locks, and Ctrl-C in the main thread could come between taking and
+    giving back. The pool would wait for such a lock for ever.
+    """
+    for _ in range(count):
+        try:
+            error = ended.get(timeout=ITEM_SECONDS)
+        except queue.Empty:
             raise TimeoutError(f"{title}: no case was done within {ITEM_SECONDS:g} s; check the disk that holds the "
-                               "scans and run the same command again, finished cases are kept")  # fmt: skip
-        yield from done
+                               "scans and run the same command again, finished cases are kept") from None  # fmt: skip
+        yield error
 
 
 @contextmanager
