@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mednext_jax.nn.gpu import mlp_kernels, triton
+from mednext_jax.nn.layers import gelu
 
 MOST_CHANNELS = 128  # in and out; those with more have few voxels
 
@@ -152,7 +153,7 @@ def _run_backward(
         n = y if norm_ is None else _normed(y, norm_)
         hat = (y if norm_ is None else _normed(y, norm_._replace(scale=jnp.ones(channels), shift=jnp.zeros(channels))))
         (n, hat, g), matrices_ = (a.astype(jnp.float32) for a in (n, hat, g)), Matrices(*matrices_)
-        a, to_h = jax.vjp(_gelu_by_xla, _exact("bvc,ce->bve", n, matrices_.expand) + matrices_.expand_bias)
+        a, to_h = jax.vjp(gelu, _exact("bvc,ce->bve", n, matrices_.expand) + matrices_.expand_bias)
         (d_h,) = to_h(_exact("bvo,eo->bve", g, matrices_.compress))
         own = _exact("bve,ce->bvc", d_h, matrices_.expand)
         found = [own.astype(y.dtype)] if d_n else []
@@ -197,9 +198,5 @@ def _reference(y: Array, norm: Norm | None, matrices: Matrices) -> Array:
     """The same by XLA, float32."""
     n = y if norm is None else _normed(y, norm)
     h = jnp.dot(n, matrices.expand, preferred_element_type=jnp.float32) + matrices.expand_bias
-    a = _gelu_by_xla(h).astype(y.dtype)
+    a = gelu(h).astype(y.dtype)
     return jnp.dot(a, matrices.compress, preferred_element_type=jnp.float32) + matrices.compress_bias
-
-
-def _gelu_by_xla(h: Array) -> Array:
-    return h * 0.5 * (1 + jax.lax.erf(h * 0.5**0.5))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,100 +102,127 @@ def backward(
     """
     voxels, channels, expanded, out = sizes
     chunk = chunk_of(expanded)
-    groups = expanded // chunk if d_matrices else 1  # a program holds the sums of one chunk
+    each, programs = _shares(sizes, d_matrices)
+    carried = _carried_shapes(channels, chunk, out, norm_sums, d_matrices)
+
+    def bottleneck_gradients(y_ref, g_ref, *refs):
+        place, group = triton.place(0), triton.place(1)
+        sample, begin = triton.divided(place, programs)
+        norm = _norm_of(list(refs[:4]), sample, channels) if normed else None
+        expand, expand_bias, compress, _, *results = refs[4:] if normed else refs
+        matrices = _Matrices(expand, expand_bias, compress, channels, expanded, out)
+        ones = jnp.ones((16, VOXELS_BACK), y_ref.dtype)  # a sum over voxels is a product with them
+        own = matrices.chunk(group * chunk + jnp.arange(chunk)) if d_matrices else None
+
+        def step(i, carry):
+            row = (begin * each + i) * VOXELS_BACK + jnp.arange(VOXELS_BACK)
+            real, at = (row < voxels)[:, None], (sample * voxels + row)[:, None]
+            y_at = at * channels + jnp.arange(channels)[None, :]
+            y = triton.load(y_ref.at[y_at], mask=real, other=0.0)
+            g = triton.load(g_ref.at[at * out + jnp.arange(out)[None, :]], mask=real, other=0.0)
+            n, hat = _normed(y, norm)
+
+            def add(number, d_n):
+                """``d_n`` with what comes through one chunk of the expanded channels."""
+                here = matrices.chunk(number * chunk + jnp.arange(chunk))
+                return d_n + _dot(_back(n, g, here)[1], here[0], (1, 1))
+
+            d_n = jnp.zeros((VOXELS_BACK, channels), jnp.float32)
+            if d_matrices:
+                a, d_h = _back(n, g, own)
+                carry = _with_matrix_sums(carry, hat, a.astype(y.dtype), d_h, g, ones)
+                d_n = d_n + _dot(d_h, own[0], (1, 1)) if wants_d_n else d_n
+            else:
+                d_n = jax.lax.fori_loop(0, expanded // chunk, add, d_n)
+            d_n = d_n.astype(y.dtype)
+            if norm_sums:
+                carry = {"total": carry["total"] + _dot(ones, d_n), "moment": carry["moment"] + _dot(ones, d_n * hat)}
+            if wants_d_n:
+                triton.store(results[0].at[y_at], d_n, mask=real)
+            return carry
+
+        start = {name: jnp.zeros(shape, jnp.float32) for name, shape in carried.items()}
+        carry = jax.lax.fori_loop(0, each, step, start)
+        parts = dict(zip(carried, results[int(wants_d_n) :], strict=True))
+        for name, total in carry.items():
+            _write_sum(name, parts[name], total, place, matrices, group * chunk + jnp.arange(chunk))
+
+    return bottleneck_gradients, programs, expanded // chunk if d_matrices else 1  # each has one chunk's sums
+
+
+def _shares(sizes: tuple[int, int, int, int], d_matrices: bool) -> tuple[int, int]:
+    """Blocks of voxels for each program, and programs per sample."""
+    voxels, channels, expanded, out = sizes
     most = PROGRAMS
     if d_matrices:
         most = min(most_sums(channels, expanded, out) // (expanded * (channels + out)), PROGRAMS)
     each = -(-voxels // (VOXELS_BACK * most))
-    programs = -(-voxels // (VOXELS_BACK * each))
-
-    def bottleneck_gradients(y_ref, g_ref, *refs):
-        refs = list(refs)
-        place, group = triton.place(0), triton.place(1)
-        sample, begin = triton.divided(place, programs)
-        channel, outward = jnp.arange(channels), jnp.arange(out)
-        if normed:
-            mean, rstd, scale, shift = _norm_of(refs[:4], sample, channels)
-            refs = refs[4:]
-        expand_ref, expand_bias_ref, compress_ref, _, *results = refs
-        ones = jnp.ones((16, VOXELS_BACK), y_ref.dtype)  # a sum over voxels is a product with them
-
-        def part(number):
-            return number * chunk + jnp.arange(chunk)
-
-        def expand_at(middle):
-            return channel[:, None] * expanded + middle[None, :]
-
-        def compress_at(middle):
-            return middle[:, None] * out + outward[None, :]
-
-        def weights(middle):
-            return expand_ref[expand_at(middle)], expand_bias_ref[middle][None, :], compress_ref[compress_at(middle)]
-
-        own = weights(part(group)) if d_matrices else None
-
-        def step(i, carry):
-            row = (begin * each + i) * VOXELS_BACK + jnp.arange(VOXELS_BACK)
-            real = (row < voxels)[:, None]
-            at = (sample * voxels + row)[:, None]
-            y = triton.load(y_ref.at[at * channels + channel[None, :]], mask=real, other=0.0)
-            g = triton.load(g_ref.at[at * out + outward[None, :]], mask=real, other=0.0)
-            n = hat = y
-            if normed:
-                hat = (y.astype(jnp.float32) - mean) * rstd
-                n, hat = (hat * scale + shift).astype(y.dtype), hat.astype(y.dtype)
-
-            def back(expand, expand_bias, compress):
-                """The GELU, and the gradient in front of it."""
-                a, slope = _gelu_and_slope(_dot(n, expand) + expand_bias)
-                return a, (_dot(g, compress, (1, 1)) * slope).astype(y.dtype)
-
-            def add(number, d_n):
-                """``d_n`` with what comes through one chunk of the expanded channels."""
-                expand, *others = weights(part(number))
-                return d_n + _dot(back(expand, *others)[1], expand, (1, 1))
-
-            d_n = jnp.zeros((VOXELS_BACK, channels), jnp.float32)
-            carry = dict(carry)
-            if d_matrices:
-                a, d_h = back(*own)
-                carry["expand"] = carry["expand"] + _dot(hat, d_h, (0, 0))
-                carry["before_gelu"] = carry["before_gelu"] + _dot(ones, d_h)
-                carry["compress"] = carry["compress"] + _dot(a.astype(y.dtype), g, (0, 0))
-                if wants_d_n:
-                    d_n = d_n + _dot(d_h, own[0], (1, 1))
-                carry["out"] = carry["out"] + _dot(ones, g)
-            else:
-                d_n = jax.lax.fori_loop(0, expanded // chunk, add, d_n)
-            if norm_sums:
-                narrow = d_n.astype(y.dtype)
-                carry["total"] = carry["total"] + _dot(ones, narrow)
-                carry["moment"] = carry["moment"] + _dot(ones, narrow * hat)
-            if wants_d_n:
-                triton.store(results[0].at[at * channels + channel[None, :]], d_n.astype(y.dtype), mask=real)
-            return carry
-
-        shapes = {}
-        if norm_sums:
-            shapes |= {"total": (16, channels), "moment": (16, channels)}
-        if d_matrices:
-            shapes |= {"expand": (channels, chunk), "before_gelu": (16, chunk)}
-            shapes |= {"compress": (chunk, out), "out": (16, out)}
-        carry = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
-        carry = jax.lax.fori_loop(0, each, step, carry)
-        parts, middle = results[int(wants_d_n) :], part(group)
-        if norm_sums:
-            parts[0][place * channels + channel] = _one_of(carry["total"])
-            parts[1][place * channels + channel] = _one_of(carry["moment"])
-        if d_matrices:
-            parts[0][place * (channels * expanded) + expand_at(middle)] = carry["expand"]
-            parts[1][place * expanded + middle] = _one_of(carry["before_gelu"])
-            parts[2][place * (expanded * out) + compress_at(middle)] = carry["compress"]
-            parts[3][place * out + outward] = _one_of(carry["out"])  # every group writes the same
-
-    return bottleneck_gradients, programs, groups
+    return each, -(-voxels // (VOXELS_BACK * each))
 
 
-def _one_of(rows: Array) -> Array:
-    """One of sixteen equal rows."""
-    return rows.sum(0) * (1 / 16)
+def _carried_shapes(
+    channels: int, chunk: int, out: int, norm_sums: bool, d_matrices: bool
+) -> dict[str, tuple[int, int]]:
+    """The sums that a program carries, in the order of its results; those over voxels alone in sixteen equal rows."""
+    norms = {"total": (16, channels), "moment": (16, channels)}
+    matrices = {"expand": (channels, chunk), "before_gelu": (16, chunk), "compress": (chunk, out), "out": (16, out)}
+    return (norms if norm_sums else {}) | (matrices if d_matrices else {})
+
+
+class _Matrices(NamedTuple):
+    """Where the matrices lie, and their sizes."""
+
+    expand: Any
+    expand_bias: Any
+    compress: Any
+    channels: int
+    expanded: int
+    out: int
+
+    def expand_at(self, middle: Array) -> Array:
+        return jnp.arange(self.channels)[:, None] * self.expanded + middle[None, :]
+
+    def compress_at(self, middle: Array) -> Array:
+        return middle[:, None] * self.out + jnp.arange(self.out)[None, :]
+
+    def chunk(self, middle: Array) -> tuple[Array, Array, Array]:
+        """Expansion (C, E'), its bias (1, E') and compression (E', O) of these expanded channels."""
+        bias = self.expand_bias[middle][None, :]
+        return self.expand[self.expand_at(middle)], bias, self.compress[self.compress_at(middle)]
+
+
+def _normed(y: Array, norm: tuple[Array, ...] | None) -> tuple[Array, Array]:
+    """What the expansion sees, and x_hat: both (voxels, C), in the type of y."""
+    if norm is None:
+        return y, y
+    mean, rstd, scale, shift = norm
+    hat = (y.astype(jnp.float32) - mean) * rstd
+    return (hat * scale + shift).astype(y.dtype), hat.astype(y.dtype)
+
+
+def _back(n: Array, g: Array, weights: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    """The GELU's result, float32, and the gradient in front of it, in the type of n: (voxels, E')."""
+    expand, expand_bias, compress = weights
+    a, slope = _gelu_and_slope(_dot(n, expand) + expand_bias)
+    return a, (_dot(g, compress, (1, 1)) * slope).astype(n.dtype)
+
+
+def _with_matrix_sums(
+    carry: dict[str, Array], hat: Array, a: Array, d_h: Array, g: Array, ones: Array
+) -> dict[str, Array]:
+    """The sums that the matrices' gradients are made of, with those of one block of voxels."""
+    return {"expand": carry["expand"] + _dot(hat, d_h, (0, 0)), "before_gelu": carry["before_gelu"] + _dot(ones, d_h),
+            "compress": carry["compress"] + _dot(a, g, (0, 0)), "out": carry["out"] + _dot(ones, g)}  # fmt: skip
+
+
+def _write_sum(name: str, ref: Any, total: Array, place: Array, matrices: _Matrices, middle: Array) -> None:
+    """Writes one of a program's sums to its place among those of all programs; ``middle``: its expanded channels."""
+    channels, expanded, out = matrices.channels, matrices.expanded, matrices.out
+    if name == "expand":
+        ref[place * (channels * expanded) + matrices.expand_at(middle)] = total
+    elif name == "compress":
+        ref[place * (expanded * out) + matrices.compress_at(middle)] = total
+    else:  # "out" is the same in every group of programs
+        widths = {"before_gelu": (expanded, middle), "out": (out, jnp.arange(out))}
+        width, column = widths.get(name, (channels, jnp.arange(channels)))
+        ref[place * width + column] = total.sum(0) * (1 / 16)
