@@ -5,10 +5,10 @@ r"""Measures speed and memory on this machine, beside its ceilings and beside up
     python launch/benchmark.py predict --volume=240,240,155 --peer=CHECKOUT_OF_MEDNEXT
     python launch/benchmark.py COMMAND --help
 
-Times are medians of runs that alternate; a ratio is ours over the peer's. FLOPs are those of the traced program, bytes
-those of the compiled one, loops counted as often as they run; floor_share is the time that the machine's measured
-ceilings (copying, multiplying matrices of type --dtype) allow, over the time taken; what stays in a cache can bring it
-above 1. --peer takes a checkout of MIC-DKFZ/MedNeXt and needs PyTorch.
+Times are medians of runs that alternate, those of step and predict each in a process of its own; a ratio is ours over
+the peer's. FLOPs are those of the traced program, bytes those of the compiled one, loops counted as often as they run;
+floor_share is the time that the machine's measured ceilings (copying, multiplying matrices of type --dtype) allow, over
+the time taken; what stays in a cache can bring it above 1. --peer takes a checkout of MIC-DKFZ/MedNeXt, and PyTorch.
 """
 
 import argparse
@@ -36,9 +36,10 @@ def step(options: argparse.Namespace) -> Result:
     if options.peer:
         upstream.check(Path(options.peer))
         works += upstream.step_works(
-            Path(options.peer), network_of(options), options.batch, options.size, options.peer_compile
-        )
-    return timing.result(timing.measure(works, options.repeats, memory=not options.skip_memory), options.dtype)
+            Path(options.peer), network_of(options), options.batch, options.size, layouts_of(options),
+            options.peer_compile,
+        )  # fmt: skip
+    return timing.result(timing.measure_apart(works, options.repeats, memory=not options.skip_memory), options.dtype)
 
 
 def peft(options: argparse.Namespace) -> Result:
@@ -85,10 +86,12 @@ def predict(options: argparse.Namespace) -> Result:
     if options.peer:
         upstream.check(Path(options.peer))
         if predict.has_monai():
-            works += predict.peer_works(Path(options.peer), network_of(options), *arguments, options.peer_compile)
+            works += predict.peer_works(
+                Path(options.peer), network_of(options), *arguments, layouts_of(options), options.peer_compile
+            )
         else:
             print(predict.NO_MONAI, file=sys.stderr)
-    return timing.result(timing.measure(works, options.repeats, memory=not options.skip_memory), options.dtype)
+    return timing.result(timing.measure_apart(works, options.repeats, memory=not options.skip_memory), options.dtype)
 
 
 def compile(options: argparse.Namespace) -> Result:
@@ -116,6 +119,13 @@ def network_of(options: argparse.Namespace) -> dict[str, Any]:
     """The network's part of the options."""
     names = ("variant", "kernel_size", "deep_supervision", "dtype", "remat")
     return {name: getattr(options, name) for name in names}
+
+
+def layouts_of(options: argparse.Namespace) -> Sequence[str]:
+    """The memory layouts in which the peer is timed."""
+    from benchmarks import upstream
+
+    return upstream.LAYOUTS if options.peer_layout == "both" else (options.peer_layout,)
 
 
 def three(text: str) -> tuple[int, ...]:
@@ -185,8 +195,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     option("overlap", (predict,), "Share of a window that its neighbour covers.", type=float, default=0.5)
     option("windows_per_batch", (predict,), "Windows computed at once.", type=positive, default=1)
     option("peer", peers, "Checkout of upstream MedNeXt to time beside ours.", default="")
+    option("peer_layout", (step, predict), "The peer's memory layout.", choices=["both", "default", "channels-last"],
+           default="both")
     option("peer_compile", (step, predict), "Also time the peer under torch.compile.", action="store_true")
-    option("skip_memory", (step, predict), "Leave the runs out that measure peak memory.", action="store_true")
+    option("skip_memory", (step, predict), "Leave peak memory and its run out.", action="store_true")
     option("repeats", [run for run in every if run is not deviceless], "Timed runs of each.", type=positive, default=3)
     option("json", every, "Write the figures to this file too.", default="")
     return parser.parse_args(argv[1:])
@@ -205,6 +217,8 @@ def main(options: argparse.Namespace) -> None:
     print(found["table"] if "table" in found else timing.table(found))
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if failed := found.get("failed"):
+        raise ValueError("; ".join(f"{name} was not measured: {why}" for name, why in failed.items()))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ def work(network: ours.Network, volume: Sequence[int], patch: int, overlap: floa
 
 def peer_works(
     checkout: Path, network: ours.Network, volume: Sequence[int], patch: int, overlap: float, windows_per_batch: int,
-    with_compile: bool,
+    layouts: Sequence[str], with_compile: bool,
 ) -> list[Work]:  # fmt: skip
     """MONAI's sliding window around upstream's network, same windows; none without MONAI."""
     arguments = (str(checkout), network, tuple(volume), patch, overlap, windows_per_batch)
     return [
         Work(f"volume{SEPARATOR}monai + {name}", _monai, (*arguments, last, compiled))
-        for name, last, compiled in upstream.variants(with_compile)
+        for name, last, compiled in upstream.variants(layouts, with_compile)
     ]
 
 

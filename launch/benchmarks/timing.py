@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,8 @@ def compiled(function: Callable, *arguments: Any) -> tuple[Callable[[], Any], Fa
     return lambda: jax.block_until_ready(program(*arguments)), facts
 
 
-def measure(works: Sequence[Work], repeats: int, memory: bool = False) -> list[dict[str, Any]]:
-    """Times the works alternating, after one run of each to warm up.
-
-    Args:
-      memory: also the peak memory of each, in a process of its own.
+def measure(works: Sequence[Work], repeats: int) -> list[dict[str, Any]]:
+    """Times the works alternating, all in this process, after one run of each to warm up.
 
     Returns: one row per work: medians and spread in seconds, processor seconds, and the work's facts.
     """
@@ -66,15 +63,68 @@ def measure(works: Sequence[Work], repeats: int, memory: bool = False) -> list[d
     samples: list[list[Facts]] = [[] for _ in works]
     for _ in range(repeats):
         for (run, _), own in zip(made, samples, strict=True):
-            began = time.perf_counter(), time.process_time()
-            run()
-            own.append({"seconds": time.perf_counter() - began[0], "cpu_seconds": time.process_time() - began[1]})
-    rows = []
-    for work, (_, facts), own in zip(works, made, samples, strict=True):
-        rows.append(medians(work.name, own) | facts)
-        if memory:
-            rows[-1]["peak_memory_gb"] = apart(peak_memory, work) / 1e9
-    return rows
+            own.append(timed(run))
+    return [medians(work.name, own) | facts for work, own, (_, facts) in zip(works, samples, made, strict=True)]
+
+
+def measure_apart(works: Sequence[Work], repeats: int, memory: bool = False) -> list[dict[str, Any]]:
+    """Times the works alternating, each in a process of its own, after one run of each to warm up.
+
+    In one process a library would find what the others leave: PyTorch's forward pass takes up to twice as long on a
+    CPU when no backward pass beside it keeps memory in the process.
+
+    Args:
+      memory: also the peak memory of each, in a second run that is not timed.
+
+    Returns: rows as of :func:`measure`; of a peer's work that failed, its name and ``failed``, one line.
+    """
+    rows: list[dict[str, Any]] = [{"name": work.name} for work in works]
+    samples: list[list[Facts]] = [[] for _ in works]
+    with ExitStack() as stack:
+        processes = [stack.enter_context(_process()) for _ in works]
+
+        def within(i: int, function: Callable, *arguments: Any) -> Any:
+            try:
+                return processes[i].submit(function, *arguments).result()
+            except Exception as error:  # of whatever library the peer uses; the others' figures are still wanted
+                if _is_ours(works[i].name):
+                    raise
+                rows[i]["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+        for i, work in enumerate(works):
+            began = time.perf_counter()
+            rows[i] |= within(i, _prepare, work, memory) or {}
+            taken = time.perf_counter() - began
+            print(f"{work.name}: {rows[i].get('failed', 'ready')} after {taken:.1f} s", file=sys.stderr, flush=True)
+        for _ in range(repeats):
+            for i, own in enumerate(samples):
+                if "failed" not in rows[i] and (sample := within(i, _turn)):
+                    own.append(sample)
+    return [row if "failed" in row else medians(row["name"], own) | row for row, own in zip(rows, samples, strict=True)]
+
+
+def timed(run: Callable[[], Any]) -> Facts:
+    """Seconds and processor seconds of one run."""
+    began = time.perf_counter(), time.process_time()
+    run()
+    return {"seconds": time.perf_counter() - began[0], "cpu_seconds": time.process_time() - began[1]}
+
+
+_prepared: list[Callable[[], Any]] = []  # what a process of its own runs
+
+
+def _prepare(work: Work, memory: bool) -> Facts:
+    run, facts = work.make(*work.arguments)
+    run()
+    _prepared.append(run)
+    return facts | ({"peak_memory_gb": peak_memory(run, work.name) / 1e9} if memory else {})
+
+
+def _turn() -> Facts:
+    (run,) = _prepared
+    if jax.default_backend() == "gpu":
+        run()  # while it waited for the others' turns, the card's clock fell
+    return timed(run)
 
 
 def medians(name: str, samples: Sequence[Facts]) -> dict[str, Any]:
@@ -86,26 +136,31 @@ def medians(name: str, samples: Sequence[Facts]) -> dict[str, Any]:
 
 def apart(function: Callable, *arguments: Any) -> Any:
     """``function(*arguments)`` in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with _process() as pool:
         return pool.submit(function, *arguments).result()
 
 
-def peak_memory(work: Work) -> int:
-    """Most bytes in use during a second run of ``work``.
+def _process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith(SEPARATOR + OURS)
+
+
+def peak_memory(run: Callable[[], Any], name: str) -> int:
+    """Most bytes in use during a run of the work ``name`` that is not its first.
 
     On a GPU the memory of the card; on a CPU what this process holds in all: interpreter, libraries, program, arrays.
     """
-    run, _ = work.make(*work.arguments)
     if jax.default_backend() == "gpu":
-        run()
-        if work.name.endswith(SEPARATOR + OURS):
+        if _is_ours(name):
             return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
         import torch
 
         torch.cuda.reset_peak_memory_stats()  # forget the trials by which the library chose its ways
         run()
         return torch.cuda.max_memory_allocated()
-    run()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of compiling
     run()
@@ -144,8 +199,10 @@ def ceilings(dtype: str) -> dict[str, Any]:
 
 
 def result(rows: list[dict[str, Any]], dtype: str = "float32", **more: Any) -> dict[str, Any]:
-    """Everything that ``--json`` writes: rows beside the machine's ceilings for ``dtype``, and ratios to the peer."""
+    """What ``--json`` writes: rows beside the machine's ceilings for ``dtype``, ratios to the peer, and what failed."""
     limits = ceilings(dtype)
+    failed = {row["name"]: row["failed"] for row in rows if "failed" in row}
+    rows = [row for row in rows if "failed" not in row]
     for row in rows:
         if "gflop" in row:
             arithmetic = row["gflop"] / limits["matmul_gflop_per_s"]
@@ -159,6 +216,7 @@ def result(rows: list[dict[str, Any]], dtype: str = "float32", **more: Any) -> d
         "ceilings": limits,
         "rows": rows,
         "ratio_to_peer": ratios(rows),
+        "failed": failed,
         **more,
     }
 

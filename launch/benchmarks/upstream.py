@@ -5,7 +5,7 @@ Every function here starts from a checkout's path and plain values, so that a pr
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from benchmarks.ours import KERNEL_SIZE, N_CLASSES, PASSES, Network
 from benchmarks.timing import SEPARATOR, Facts, Work
 from mednext_jax.nn.mednext import VARIANTS
 
-LAYOUTS = {"torch": False, "torch channels-last": True}
+LAYOUTS = ("default", "channels-last")  # in memory
 
 
-def variants(with_compile: bool) -> list[tuple[str, bool, bool]]:
+def variants(layouts: Sequence[str], with_compile: bool) -> list[tuple[str, bool, bool]]:
     """(name, channels last, compiled) of every way in which the peer is run."""
-    eager = [(name, last, False) for name, last in LAYOUTS.items()]
-    return eager + [(f"{name} compiled", last, True) for name, last in LAYOUTS.items() if with_compile]
+    named = [("torch" if name == "default" else f"torch {name}", name == "channels-last") for name in layouts]
+    eager = [(name, last, False) for name, last in named]
+    return eager + [(f"{name} compiled", last, True) for name, last in named if with_compile]
 
 
 def check(checkout: Path) -> None:
@@ -32,11 +33,13 @@ def check(checkout: Path) -> None:
         raise ValueError(f"--peer={checkout} is no checkout of MIC-DKFZ/MedNeXt: it has no mednextv1/MedNextV1.py")
 
 
-def step_works(checkout: Path, network: Network, batch: int, size: int, with_compile: bool) -> list[Work]:
+def step_works(
+    checkout: Path, network: Network, batch: int, size: int, layouts: Sequence[str], with_compile: bool
+) -> list[Work]:
     """Forward and forward + backward of upstream's network, same shapes and compute type as ours."""
     return [
         Work(f"{what}{SEPARATOR}{name}", _step, (str(checkout), network, batch, size, what, last, compiled))
-        for name, last, compiled in variants(with_compile)
+        for name, last, compiled in variants(layouts, with_compile)
         for what in ("forward", "forward+backward")
     ]
 

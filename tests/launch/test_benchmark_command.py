@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -14,9 +15,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
-from benchmarks import data, ours, timing, traffic  # noqa: E402
+from benchmarks import compiling, data, ours, timing, traffic  # noqa: E402
 
+from configs import pretrain  # noqa: E402
 from mednext_jax.nn.mednext import MedNeXt  # noqa: E402
+from mednext_jax.train import workdir  # noqa: E402
 
 
 def moved(function, *arguments):
@@ -99,10 +102,68 @@ def allocating(megabytes):
     return (lambda: np.ones((megabytes, 2**20), np.uint8).sum()), {}
 
 
+def noting(file):
+    """Writes at each run which process it is; the first of a process is to warm up."""
+
+    def run():
+        with Path(file).open("a") as notes:
+            notes.write(f"{os.getpid()}\n")
+
+    return run, {"windows": 3}
+
+
+def failing(when):
+    runs = []
+
+    def run():
+        runs.append(when)
+        if len(runs) == when:
+            raise MemoryError("no room\nfor it")
+
+    return run, {}
+
+
+def test_works_that_are_timed_apart_take_turns_in_processes_of_their_own(tmp_path):
+    notes = tmp_path / "notes"
+    works = [timing.Work(f"step: {who}", noting, (str(notes),)) for who in ("ours", "torch")]
+    rows = timing.measure_apart(works, 3)
+    first, second, *turns = notes.read_text().split()
+    assert turns == [first, second] * 3 and len({first, second, str(os.getpid())}) == 3
+    assert [row["name"] for row in rows] == ["step: ours", "step: torch"]
+    assert all(row["fastest"] <= row["seconds"] <= row["slowest"] and row["windows"] == 3 for row in rows)
+
+
+@pytest.mark.parametrize("when", [1, 2])  # to warm up, or in its turn
+def test_a_peer_that_fails_is_named_and_the_others_are_timed(when, capsys):
+    works = [timing.Work("step: ours", sleeping, (1.0,)), timing.Work("step: torch", failing, (when,))]
+    mine, peers = timing.measure_apart(works, 2)
+    assert mine["seconds"] > 0 and peers == {"name": "step: torch", "failed": "MemoryError: no room for it"}
+    found = timing.result([mine, peers])
+    assert (found["rows"], found["failed"]) == ([mine], {"step: torch": "MemoryError: no room for it"})
+    assert found["ratio_to_peer"] == {} and "step: torch" not in timing.table(found)
+    assert ("MemoryError" in capsys.readouterr().err) == (when == 1)
+
+
+def test_what_is_wrong_with_our_own_work_ends_the_measurement():
+    with pytest.raises(MemoryError, match="no room"):
+        timing.measure_apart([timing.Work("step: ours", failing, (1,))], 1)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of one run are known on Linux alone")
 def test_peak_memory_is_that_of_one_run():
-    small, large = (timing.peak_memory(timing.Work("array", allocating, (size,))) for size in (1, 400))
-    assert 350 * 2**20 < large - small < 450 * 2**20
+    works = [timing.Work(f"array: {size}", allocating, (size,)) for size in (1, 400)]
+    small, large = (row["peak_memory_gb"] for row in timing.measure_apart(works, 1, memory=True))
+    assert 0.35 * 2**30 < 1e9 * (large - small) < 0.45 * 2**30
+
+
+def test_compiling_is_timed_cold_and_from_the_cache():
+    config = pretrain.get_config()
+    config.model.update(n_channels=2, exp_r=1, kernel_size=1, block_counts=(0,) * 9, deep_supervision=False)
+    config.data.update(patch_voxels=(16, 16, 16), batch_size=1)
+    config.n_devices = 1
+    cold, cached = compiling.rows(workdir.plain(config), 1)
+    assert (cold["name"], cached["name"]) == ("train step cold", "train step from the cache")
+    assert cached["seconds"] < cold["seconds"] and min(cold["weights_seconds"], cached["weights_seconds"]) > 0
 
 
 def test_crops_per_second_are_counted_per_crop(tmp_path):
@@ -178,6 +239,9 @@ def test_help_tells_what_each_command_does():
     assert "--volume" in benchmark("predict", "--help").stdout
 
 
+NO_PEER = "--peer=nowhere is no checkout of MIC-DKFZ/MedNeXt" if find_spec("torch") else "--peer needs PyTorch"
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -186,6 +250,9 @@ def test_help_tells_what_each_command_does():
         (("step", "--volume=1,2,3"), "unrecognized arguments: --volume=1,2,3"),
         (("step", "--size=0"), "0 is no whole number of at least 1"),
         (("predict", "--volume=240"), "give three sizes, like 240,240,155"),
+        (("step", "--peer=nowhere"), NO_PEER),
+        (("depthwise", "--peer=nowhere"), NO_PEER),
+        (("predict", "--peer=nowhere"), NO_PEER),
         (("data", "--store=nowhere"), "nowhere: the store is not there"),
         (("data", "--workers=-1"), "-1 is no whole number of at least 0"),
         (("depthwise", "--json=nowhere/it.json"), "--json=nowhere/it.json: there is no such folder"),
@@ -196,42 +263,3 @@ def test_what_is_wrong_is_told_in_one_line(arguments, line):
     done = benchmark(*arguments)
     assert done.returncode == 1
     assert line in done.stderr and done.stderr.count("\n") == 1
-
-
-H200 = ROOT / "launch" / "benchmarks" / "h200.txtpb"
-# In a process of its own: the module sets what JAX reads when it is imported.
-DEVICELESS = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, "launch")
-from benchmarks import deviceless
-import jax
-{replaced}
-network = {{"variant": "S", "kernel_size": 3, "deep_supervision": False, "dtype": "float32", "remat": "mlp"}}
-print(json.dumps(deviceless.rows(network, 16, 1, ["head"], Path(sys.argv[1]))))
-"""
-
-
-def deviceless(path, replaced):
-    command = [sys.executable, "-c", DEVICELESS.format(replaced=replaced), str(path)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-
-
-def test_steps_for_a_card_that_is_not_here_say_what_they_move_and_hold():
-    mesh = "jax.sharding.Mesh(jax.devices('cpu')[:1], ('data',))"
-    place = f"jax.sharding.NamedSharding({mesh}, jax.sharding.PartitionSpec())"
-    here = f"deviceless._place = lambda description, gpu: {place}"
-    rows = json.loads(deviceless(H200, here).stdout.splitlines()[-1])
-    assert [row["name"] for row in rows] == ["forward", "step of full", "step of head"]
-    forward, full, head = rows
-    assert 3 * forward["gflop"] < full["gflop"] and head["gflop"] < 1.3 * forward["gflop"]
-    assert head["gbytes"] < full["gbytes"] and 0 < head["temporaries_gb"] < full["temporaries_gb"]
-    assert all(row["bandwidth_ms"] == pytest.approx(1e3 * row["gbytes"] / 4800) for row in rows)
-
-
-def test_without_the_plugin_or_with_a_file_that_describes_no_card_one_line_says_so(tmp_path):
-    (tmp_path / "notes.txt").write_text("gpu_device_info { memory_bandwidth: 4800000000000 }")
-    absent = "deviceless.topologies.get_topology_desc = lambda **_: (_ for _ in ()).throw(NotImplementedError())"
-    found = deviceless(H200, absent)
-    assert "ValueError: compiling for a GPU needs JAX's CUDA plugin: pip install 'mednext_jax[cuda12]'" in found.stderr
-    assert "notes.txt has no platform_name, cuda_compute_cap" in deviceless(tmp_path / "notes.txt", "").stderr
