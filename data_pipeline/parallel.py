@@ -73,7 +73,7 @@ def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callab
                 if error is not None:
                     raise error
         except BrokenProcessPool as error:
-            text = "a worker process died (out of memory?); try fewer workers, finished cases are kept"
+            text = "a worker process died (out of memory?); try fewer --workers; cases already written are kept"
             raise ChildProcessError(text) from error
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -100,7 +100,8 @@ def _as_done(ended: queue.SimpleQueue, count: int, title: str) -> Iterator[BaseE
             error = ended.get(timeout=ITEM_SECONDS)
         except queue.Empty:
             raise TimeoutError(f"{title}: no case was done within {ITEM_SECONDS:g} s; check the disk that holds the "
-                               "scans and run the same command again, finished cases are kept") from None  # fmt: skip
+                               "files and run the same command again; cases already written are "
+                               "kept") from None  # fmt: skip
         yield error
 
 

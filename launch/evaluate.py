@@ -12,13 +12,13 @@ Writes metrics.csv, lesions.csv, summary.json and report.html (and viewer.html w
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import command
 from absl import flags
 
-from data_pipeline import cohorts, labels
+from data_pipeline import cohorts, labels, parallel
 from mednext_jax.evaluate import (
     cohort,
     labelmaps,
@@ -122,7 +122,12 @@ def with_scheme(folder: cohort.Folder, given: Mapping[str, str], as_is: bool) ->
     return cohort.relabelled(folder, text, relabel)
 
 
-def read_folders(workers: int) -> tuple[list[cohort.Folder], cohort.Folder]:
+def in_processes(function: Callable, items: Sequence, title: str) -> list:
+    """A ``cohort.Run`` over ``--workers`` processes; how far it is is shown where it may take a while."""
+    return parallel.run(function, items, workers=WORKERS.value, title=title, progress=len(items) >= 20)
+
+
+def read_folders() -> tuple[list[cohort.Folder], cohort.Folder]:
     """Arms and references, inspected, with label schemes."""
     runs = parse_predictions(PREDICTIONS.value)
     given = dict(value.partition("=")[::2] for value in LABELS.value)
@@ -131,7 +136,7 @@ def read_folders(workers: int) -> tuple[list[cohort.Folder], cohort.Folder]:
     for path in (REFERENCES.value, *runs.values()):
         labelmaps.find(path)  # before any is read: that takes minutes
     folders = [
-        with_scheme(cohort.open_folder(name, path, workers), given, as_is=bool(REGIONS.value))
+        with_scheme(cohort.open_folder(name, path, in_processes), given, as_is=bool(REGIONS.value))
         for name, path in {"references": REFERENCES.value, **runs}.items()
     ]
     for folder in folders:
@@ -170,7 +175,6 @@ def print_result(evaluation: cohort.Evaluation, result: summary.Summary) -> None
 
 def main(_) -> int:
     """Scores every --predictions against the references; returns the exit code."""
-    workers = WORKERS.value or os.cpu_count() or 1
     settings = measure.Settings(
         parse_regions(REGIONS.value) if REGIONS.value else labels.REGIONS,
         CHALLENGE.value,
@@ -181,8 +185,8 @@ def main(_) -> int:
     check_output(output)
     output.mkdir(parents=True, exist_ok=True)
     before = written_at(output)
-    arms, references = read_folders(workers)
-    evaluation = cohort.evaluate(arms, references, settings, workers, TOLERANCE.value)
+    arms, references = read_folders()
+    evaluation = cohort.evaluate(arms, references, settings, in_processes, TOLERANCE.value)
     result = summary.summarise(evaluation.table, SEED.value)
     made = provenance.record(["launch/evaluate.py", *sys.argv[1:]])
     tables.write_table(output / "metrics.csv", evaluation.table)

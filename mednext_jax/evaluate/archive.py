@@ -10,7 +10,7 @@ from mednext_jax.evaluate.lesionwise import Lesion
 from mednext_jax.evaluate.tables import LESION_COLUMNS, read_table
 
 
-def load(folder: str | Path, workers: int = 1) -> cohort.Evaluation:
+def load(folder: str | Path) -> cohort.Evaluation:
     """Reads what the evaluate command wrote and inspects the label files it was made from.
 
     Raises:
@@ -24,7 +24,7 @@ def load(folder: str | Path, workers: int = 1) -> cohort.Evaluation:
     content = json.loads(summary.read_text(encoding="utf-8"))
     settings = content["settings"]
     folders = {
-        name: _folder(name, entry, content["sha256"][name], workers)
+        name: _folder(name, entry, content["sha256"][name])
         for name, entry in {"references": content["references"], **content["runs"]}.items()
     }
     return cohort.Evaluation(
@@ -56,8 +56,8 @@ def read_lesions(path: str | Path) -> dict[tuple[str, str, str], tuple[Lesion, .
     return {key: tuple(lesions) for key, lesions in found.items()}
 
 
-def _folder(name: str, entry: Mapping, hashes: Mapping[str, str], workers: int) -> cohort.Folder:
-    opened = cohort.open_folder(name, entry["path"], workers)
+def _folder(name: str, entry: Mapping, hashes: Mapping[str, str]) -> cohort.Folder:
+    opened = cohort.open_folder(name, entry["path"])
     for case, expected in hashes.items():
         if case not in opened.inspections:
             raise FileNotFoundError(f"{name}: case {case} is no longer in {entry['path']}; evaluate again")

@@ -1,22 +1,20 @@
 """Measures whole folders: several predictions ("arms") against one set of references, cases in parallel."""
 
-import multiprocessing
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mednext_jax.evaluate import labelmaps, measure
 from mednext_jax.evaluate.tables import Table
+
+Run = Callable[[Callable[[Any], Any], Sequence, str], list]  # (function, items, title) -> results, in order
+
+
+def in_turn(function: Callable[[Any], Any], items: Sequence, title: str) -> list:
+    """``[function(item) for item in items]``; another ``Run`` may take several processes, or show ``title``."""
+    return [function(item) for item in items]
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,11 @@ class Evaluation:
         ]
 
 
-def open_folder(name: str, path: str | Path, workers: int = 1) -> Folder:
+def open_folder(name: str, path: str | Path, run: Run = in_turn) -> Folder:
     """Finds and inspects the label maps of a folder; the scheme is still open. Raises as `labelmaps` does."""
     files = labelmaps.find(path)
-    with _mapper(workers, len(files)) as run:
-        found = run(labelmaps.inspect, files.values())
-        inspections = dict(zip(files, _watched(found, len(files), f"reading {name}"), strict=True))
-    return Folder(name, Path(path), files, inspections)
+    found = run(labelmaps.inspect, list(files.values()), f"reading {name}")
+    return Folder(name, Path(path), files, dict(zip(files, found, strict=True)))
 
 
 def relabelled(folder: Folder, scheme: str, relabel: Mapping[int, int]) -> Folder:
@@ -105,7 +101,7 @@ def evaluate(
     arms: Sequence[Folder],
     references: Folder,
     settings: measure.Settings,
-    workers: int = 1,
+    run: Run = in_turn,
     affine_tolerance_mm: float = 0.1,
 ) -> Evaluation:
     """Measures every case that an arm and the references share.
@@ -138,13 +134,12 @@ def evaluate(
             if problem:
                 raise ValueError(f"case {case} ({arm.name}): {problem}")
             jobs.append((arm, case))
-    with _mapper(workers, len(jobs)) as run:
-        inputs = [
-            (arm.files[case], arm.relabel, references.files[case], references.relabel,
-             references.inspections[case].spacing_mm)
-            for arm, case in jobs
-        ]  # fmt: skip
-        results = list(_watched(run(partial(_measure, settings), inputs), len(jobs), "measuring"))
+    inputs = [
+        (arm.files[case], arm.relabel, references.files[case], references.relabel,
+         references.inspections[case].spacing_mm)
+        for arm, case in jobs
+    ]  # fmt: skip
+    results = run(partial(_measure, settings), inputs, "measuring")
     table, lesions = Table(), {}
     for (arm, case), regions in zip(jobs, results, strict=True):
         for region, result in regions.items():
@@ -157,51 +152,3 @@ def _measure(settings: measure.Settings, job) -> dict[str, measure.RegionResult]
     pred_file, pred_relabel, truth_file, truth_relabel, spacing_mm = job
     pred = labelmaps.read(pred_file, pred_relabel)
     return measure.measure(pred, labelmaps.read(truth_file, truth_relabel), spacing_mm, settings)
-
-
-@contextmanager
-def _mapper(workers: int, jobs: int) -> Iterator[Callable]:
-    """A `map` in order over processes, two jobs or more for each; spawned, since threads may be running."""
-    workers = min(workers, jobs // 2)
-    if workers <= 1:
-        yield map
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield partial(_started_without_interrupts, pool.map)
-        except BrokenProcessPool as error:
-            raise OSError("a worker process died, probably out of memory: use fewer --workers") from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _started_without_interrupts(start: Callable, *arguments: Any) -> Any:
-    """``start(*arguments)``; Ctrl-C stays with this process: those that it starts inherit the mask and never see it.
-
-    Here it acts once all are started. The mask alone would not do: another thread may get the signal, and Python then
-    interrupts the main one, between starting a process and telling it what to do.
-    """
-    pressed, handler = [], signal.getsignal(signal.SIGINT)
-    if own := threading.current_thread() is threading.main_thread():  # no other may have handlers
-        signal.signal(signal.SIGINT, lambda *which: pressed.append(which))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return start(*arguments)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if own:
-            signal.signal(signal.SIGINT, handler)
-        if pressed and callable(handler):
-            handler(*pressed[0])
-
-
-def _watched(items: Iterable, total: int, what: str) -> Iterator:
-    """The items, with a progress bar on a terminal and a line for every tenth part elsewhere."""
-    terminal = sys.stderr.isatty()
-    parts = {round(total * i / 10) for i in range(1, 11)}
-    bar = tqdm(items, total=total, desc=what, unit="case", leave=False, disable=not terminal)
-    for number, item in enumerate(bar, start=1):
-        yield item
-        if not terminal and total >= 20 and number in parts:
-            print(f"{what}: {number} of {total}", file=sys.stderr, flush=True)

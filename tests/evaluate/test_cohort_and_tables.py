@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from data_pipeline import parallel
 from mednext_jax.evaluate import cohort, measure, summary, tables
 
 SETTINGS = measure.Settings({"A": (1, 2), "B": (2,)})
@@ -46,8 +47,12 @@ def test_missing_and_extra_cases_are_listed(folders):
 
 def test_parallel_and_serial_evaluation_give_the_same_rows(folders):
     truth, *arms = folders
-    serial, parallel = (cohort.evaluate(arms, truth, SETTINGS, workers=n) for n in (1, 2))
-    assert [repr(r) for r in serial.table.rows()] == [repr(r) for r in parallel.table.rows()]
+
+    def in_two_processes(function, items, title):
+        return parallel.run(function, items, workers=2, title=title)
+
+    serial, several = (cohort.evaluate(arms, truth, SETTINGS, run) for run in (cohort.in_turn, in_two_processes))
+    assert [repr(r) for r in serial.table.rows()] == [repr(r) for r in several.table.rows()]
 
 
 def test_geometry_error_names_arm_and_case_before_anything_is_measured(folders, tmp_path, monkeypatch):

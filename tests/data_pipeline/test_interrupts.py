@@ -8,30 +8,21 @@ import time
 import pytest
 
 from data_pipeline import parallel
-from mednext_jax.evaluate import cohort
 
 
-@pytest.mark.parametrize("where", ("evaluate", "preprocess"))
-def test_ctrl_c_while_processes_start_acts_when_they_have_started(where):
+def test_ctrl_c_while_processes_start_acts_when_they_have_started():
     go, started = threading.Event(), []
     other = threading.Thread(target=lambda: (go.wait(30), os.kill(os.getpid(), signal.SIGINT)), daemon=True)
     other.start()  # before the mask is set, so that the signal can reach this thread
 
-    def start():
-        go.set()
-        until = time.monotonic() + 0.5
-        while time.monotonic() < until:
-            time.sleep(0.01)
-        started.append("all")
-
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     try:
-        with pytest.raises(KeyboardInterrupt):
-            if where == "evaluate":
-                cohort._started_without_interrupts(start)
-            else:
-                with parallel._ctrl_c_waits():
-                    start()
+        with pytest.raises(KeyboardInterrupt), parallel._ctrl_c_waits():
+            go.set()
+            until = time.monotonic() + 0.5
+            while time.monotonic() < until:
+                time.sleep(0.01)
+            started.append("all")
         assert started == ["all"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, handler)
