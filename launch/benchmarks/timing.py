@@ -78,6 +78,7 @@ def measure_apart(works: Sequence[Work], repeats: int, memory: bool = False) -> 
 
     Returns: rows as of :func:`measure`; of a peer's work that failed, its name and ``failed``, one line.
     """
+    on_gpu = jax.default_backend() == "gpu"  # asked once: a peer's process need not open the card for JAX
     rows: list[dict[str, Any]] = [{"name": work.name} for work in works]
     samples: list[list[Facts]] = [[] for _ in works]
     with ExitStack() as stack:
@@ -93,12 +94,12 @@ def measure_apart(works: Sequence[Work], repeats: int, memory: bool = False) -> 
 
         for i, work in enumerate(works):
             began = time.perf_counter()
-            rows[i] |= within(i, _prepare, work, memory) or {}
+            rows[i] |= within(i, _prepare, work, memory, on_gpu) or {}
             taken = time.perf_counter() - began
             print(f"{work.name}: {rows[i].get('failed', 'ready')} after {taken:.1f} s", file=sys.stderr, flush=True)
         for _ in range(repeats):
             for i, own in enumerate(samples):
-                if "failed" not in rows[i] and (sample := within(i, _turn)):
+                if "failed" not in rows[i] and (sample := within(i, _turn, on_gpu)):
                     own.append(sample)
     return [row if "failed" in row else medians(row["name"], own) | row for row, own in zip(rows, samples, strict=True)]
 
@@ -113,16 +114,16 @@ def timed(run: Callable[[], Any]) -> Facts:
 _prepared: list[Callable[[], Any]] = []  # what a process of its own runs
 
 
-def _prepare(work: Work, memory: bool) -> Facts:
+def _prepare(work: Work, memory: bool, on_gpu: bool) -> Facts:
     run, facts = work.make(*work.arguments)
     run()
     _prepared.append(run)
-    return facts | ({"peak_memory_gb": peak_memory(run, work.name) / 1e9} if memory else {})
+    return facts | ({"peak_memory_gb": _peak_memory(run, _is_ours(work.name), on_gpu) / 1e9} if memory else {})
 
 
-def _turn() -> Facts:
+def _turn(on_gpu: bool) -> Facts:
     (run,) = _prepared
-    if jax.default_backend() == "gpu":
+    if on_gpu:
         run()  # while it waited for the others' turns, the card's clock fell
     return timed(run)
 
@@ -148,13 +149,13 @@ def _is_ours(name: str) -> bool:
     return name.endswith(SEPARATOR + OURS)
 
 
-def peak_memory(run: Callable[[], Any], name: str) -> int:
-    """Most bytes in use during a run of the work ``name`` that is not its first.
+def _peak_memory(run: Callable[[], Any], by_jax: bool, on_gpu: bool) -> int:
+    """Most bytes in use during a run that is not the first.
 
     On a GPU the memory of the card; on a CPU what this process holds in all: interpreter, libraries, program, arrays.
     """
-    if jax.default_backend() == "gpu":
-        if _is_ours(name):
+    if on_gpu:
+        if by_jax:
             return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
         import torch
 
