@@ -12,7 +12,7 @@ from jax import Array
 from mednext_jax.nn.adapters import Adapter, at_site
 from mednext_jax.nn.bottleneck import InvertedBottleneck
 from mednext_jax.nn.branches import ConvAdapter, LinearAdapter
-from mednext_jax.nn.layers import Conv, pointwise, scale_shift, scaled_and_shifted
+from mednext_jax.nn.layers import Conv, pointwise, scale_shift, scaled_and_shifted, widened
 
 
 class MedNeXtBlock(InvertedBottleneck):
@@ -74,7 +74,7 @@ class MedNeXtUpBlock(InvertedBottleneck):
         if self.do_res:
             res_conv = Conv(self.out_channels, (1,) * (x.ndim - 2), adapters=self.adapters, name="res_conv")
             weights = res_conv(x.shape[-1])
-            residual = _spread(pointwise(x, weights), pointwise(jnp.zeros((x.shape[-1],), x.dtype), weights))
+            residual = _spread(pointwise(x, weights), pointwise(jnp.zeros(x.shape[-1:], weights.bias.dtype), weights))
         return hosted(self, x, front_plane(self.branch(x, residual)))
 
 
@@ -108,7 +108,7 @@ def _spread(y: Array, between: Array) -> Array:
     """Puts ``y`` (B, n, C) at the even places of (B, 2n - 1, C) and the vector ``between`` at all others."""
     gaps = ((0, 0, 0), *((0, 0, 1),) * (y.ndim - 2), (0, 0, 0))
     given = jax.lax.pad(jnp.ones((1, *y.shape[1:-1], 1), bool), False, gaps)
-    return jnp.where(given, jax.lax.pad(y, jnp.zeros((), y.dtype), gaps), between)
+    return jnp.where(given, widened(jax.lax.pad(y, jnp.zeros((), y.dtype), gaps)), between).astype(y.dtype)
 
 
 def hosted(module: nn.Module, x: Array, y: Array) -> Array:

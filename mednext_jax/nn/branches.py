@@ -10,7 +10,7 @@ from jax import Array
 
 from mednext_jax.nn.gpu.mlp import Matrices
 from mednext_jax.nn.gpu.per_voxel import PerVoxel
-from mednext_jax.nn.layers import Conv, Weights, gelu, pointwise, voxelwise_product, with_bias
+from mednext_jax.nn.layers import Conv, Weights, gelu, pointwise, voxelwise_product, widened, with_bias
 from mednext_jax.nn.voxelwise import Before, add_convolved_voxelwise
 
 
@@ -66,7 +66,7 @@ class ConvAdapter(nn.Module):
 def _grouped_bottleneck(y: Array, weights: tuple[Array, Array, Weights, Array | None]) -> Array:
     grouping, bias, up, scale = weights
     out = pointwise(gelu(with_bias(voxelwise_product(y, grouping), bias)), up)
-    return out if scale is None else out * scale.astype(out.dtype)
+    return out if scale is None else (widened(out) * scale).astype(out.dtype)
 
 
 def _matrices(weights: tuple[Array, Array, Weights, Array | None]) -> Matrices:

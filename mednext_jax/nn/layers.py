@@ -211,14 +211,21 @@ def gelu(x: Array) -> Array:
 
     By erf; ``jax.nn.gelu`` goes by erfc, which keeps digits of values below 1e-7 and costs half as much again on CPU.
     """
-    wide = jax.lax.convert_element_type(x, jnp.promote_types(x.dtype, jnp.float32))
+    wide = widened(x)
     gate = jax.lax.add(1.0, jax.lax.erf(jax.lax.mul(wide, math.sqrt(0.5))))
     return jax.lax.convert_element_type(jax.lax.mul(jax.lax.mul(0.5, wide), gate), x.dtype)
 
 
 def scaled_and_shifted(y: Array, ssf: ScaleShift | None) -> Array:
     """SSF where there is one."""
-    return y if ssf is None else y * ssf.scale.astype(y.dtype) + ssf.shift.astype(y.dtype)
+    return y if ssf is None else (widened(y) * ssf.scale + ssf.shift).astype(y.dtype)
+
+
+def widened(x: Array) -> Array:
+    """In float32 at least: what is then multiplied by a parameter, or takes its place, gives that parameter's gradient
+    as a sum in float32. JAX sums in the type of the gradient, and XLA adds up bfloat16 in bfloat16.
+    """
+    return jax.lax.convert_element_type(x, jnp.promote_types(x.dtype, jnp.float32))
 
 
 def spatial_conv(x: Array, weights: Weights, groups: int, stride: int, transposed: bool = False) -> Array:
@@ -234,11 +241,11 @@ def spatial_conv(x: Array, weights: Weights, groups: int, stride: int, transpose
             y = depthwise.depthwise_conv(x, kernel, stride, bias)
     else:
         axes = "DHW"[-(x.ndim - 2):]
-        y = jax.lax.conv_general_dilated(
+        y = with_bias(jax.lax.conv_general_dilated(
             x, weights.kernel.astype(x.dtype), (stride,) * (x.ndim - 2),
             [(k // 2, k // 2) for k in weights.kernel.shape[:-2]],
             dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"), feature_group_count=groups,
-        ) + weights.bias.astype(x.dtype)  # fmt: skip
+        ), weights.bias)  # fmt: skip
     return scaled_and_shifted(y, weights.ssf)
 
 

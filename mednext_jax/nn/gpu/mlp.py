@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mednext_jax.nn.gpu import mlp_kernels, triton
-from mednext_jax.nn.layers import gelu
+from mednext_jax.nn.layers import Weights, channel_norm, gelu
 
 MOST_CHANNELS = 128  # in and out; those with more have few voxels
 
@@ -190,8 +190,7 @@ def _taken(others: tuple[Array, ...], normed: bool) -> tuple[Norm | None, Matric
 
 
 def _normed(y: Array, norm: Norm) -> Array:
-    n = (y.astype(jnp.float32) - norm.mean[:, None]) * (norm.rstd * norm.scale)[:, None] + norm.shift
-    return n.astype(y.dtype)
+    return channel_norm(y, norm.mean[:, None], norm.rstd[:, None], Weights(None, norm.shift, norm.scale))
 
 
 def _reference(y: Array, norm: Norm | None, matrices: Matrices) -> Array:
