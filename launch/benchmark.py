@@ -47,7 +47,10 @@ def peft(options: argparse.Namespace) -> Result:
     from benchmarks import ours, timing
 
     table, rows = ours.peft_rows(network_of(options), options.size, options.batch, options.repeats, options.methods)
-    return timing.result(rows, options.dtype, table=table)
+    found = timing.result(rows, options.dtype)
+    columns = ("name", "seconds", "fastest", "slowest", "gflop", "gbytes", "temporaries_gb", "floor_seconds")
+    measured = [{name: row[name] for name in columns} for row in found["rows"]]
+    return found | {"table": f"{table}\n\n{timing.table(found | {'rows': measured})}"}
 
 
 def depthwise(options: argparse.Namespace) -> Result:
@@ -85,12 +88,10 @@ def predict(options: argparse.Namespace) -> Result:
     works = [predict.work(network_of(options), *arguments)]
     if options.peer:
         upstream.check(Path(options.peer))
-        if predict.has_monai():
-            works += predict.peer_works(
-                Path(options.peer), network_of(options), *arguments, layouts_of(options), options.peer_compile
-            )
-        else:
-            print(predict.NO_MONAI, file=sys.stderr)
+        predict.check()
+        works += predict.peer_works(
+            Path(options.peer), network_of(options), *arguments, layouts_of(options), options.peer_compile
+        )
     return timing.result(timing.measure_apart(works, options.repeats, memory=not options.skip_memory), options.dtype)
 
 
@@ -205,7 +206,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Runs one sub-command and prints its table; ValueError or OSError for options that do not fit."""
+    """Runs one sub-command and prints its table; ValueError or OSError for options that do not fit, or after the table
+    for a peer that failed."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a card
     if options.json and not Path(options.json).absolute().parent.is_dir():  # before the work, not after it
         raise ValueError(f"--json={options.json}: there is no such folder; make it or give another path")

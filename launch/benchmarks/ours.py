@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import timing
 from benchmarks.timing import OURS, SEPARATOR, Facts, Work, compiled
 from mednext_jax import peft
 from mednext_jax.nn.depthwise import depthwise_conv, depthwise_conv_transpose
 from mednext_jax.nn.mednext import MedNeXt, create_mednext
+from mednext_jax.peft import cost
 
 Network = dict[str, Any]  # variant, kernel_size, deep_supervision, dtype, remat
 N_CLASSES = 4
@@ -109,16 +111,29 @@ def peft_rows(
 ) -> tuple[str, list[dict[str, Any]]]:
     """Parameters, file, FLOPs, memory and time of each method's compiled step: as Markdown, and as rows.
 
-    Each row says its share of the first's, ``full``'s.
+    Each row says its share of the first's, ``full``'s; its seconds are medians of steps that the methods do in turn.
     """
-    methods = [method_of(name) for name in dict.fromkeys(["full", *(names or peft.METHODS)])]
+    texts = list(dict.fromkeys(["full", *(names or peft.METHODS)]))
+    methods = [method_of(text) for text in texts]
     model = model_of(network)
     for method in methods:
         method.shapes_on(model)  # refuses one that does not fit before others are compiled
-    costs = peft.costs(methods, model, (size,) * 3, batch, compiled=True, timed_steps=repeats)
-    rows = [asdict(cost) for cost in costs]
+    known = peft.costs(methods, model, (size,) * 3, batch)
+    works = [Work(cost.method.replace("`", ""), _method, (network, batch, size, text))
+             for cost, text in zip(known, texts, strict=True)]  # fmt: skip
+    timed = timing.measure(works, repeats)
+    costs = [replace(cost, temporary_bytes=round(1e9 * row["temporaries_gb"]), step_seconds=row["seconds"])
+             for cost, row in zip(known, timed, strict=True)]  # fmt: skip
+    rows = [asdict(cost) | row for cost, row in zip(costs, timed, strict=True)]
     for row in rows:
-        shares = ("step_flops", "predict_flops", "temporary_bytes", "step_seconds")
+        shares = ("step_flops", "predict_flops", "temporary_bytes", "step_seconds", "gbytes")
         row["ratio_to_full"] = {name: row[name] / rows[0][name] for name in shares}
-        row |= {"name": row["method"].replace("`", ""), "seconds": row["step_seconds"]}
     return peft.markdown(costs), rows
+
+
+def _method(network: Network, batch: int, size: int, text: str) -> tuple[Callable[[], Any], Facts]:
+    model = model_of(network)
+    x = jax.ShapeDtypeStruct((batch, *(size,) * 3, model.in_channels), jnp.float32)
+    step, arguments = cost.step_of(method_of(text), model, x)
+    program = cost.compile_step(step, arguments)
+    return cost.runner(program, arguments), timing.costs(program, step, arguments)

@@ -13,8 +13,6 @@ from mednext_jax.infer import windows
 from mednext_jax.infer.sliding_window import SlidingWindow
 from mednext_jax.peft.flops import flops
 
-NO_MONAI = "MONAI is not installed, so its sliding window was not timed: pip install monai"
-
 
 def work(network: ours.Network, volume: Sequence[int], patch: int, overlap: float, windows_per_batch: int) -> Work:
     """Our sliding window, from a volume on the host to logits on the host."""
@@ -25,7 +23,7 @@ def peer_works(
     checkout: Path, network: ours.Network, volume: Sequence[int], patch: int, overlap: float, windows_per_batch: int,
     layouts: Sequence[str], with_compile: bool,
 ) -> list[Work]:  # fmt: skip
-    """MONAI's sliding window around upstream's network, same windows; none without MONAI."""
+    """MONAI's sliding window around upstream's network, same windows."""
     arguments = (str(checkout), network, tuple(volume), patch, overlap, windows_per_batch)
     return [
         Work(f"volume{SEPARATOR}monai + {name}", _monai, (*arguments, last, compiled))
@@ -33,13 +31,12 @@ def peer_works(
     ]
 
 
-def has_monai() -> bool:
-    """Whether MONAI can be imported."""
+def check() -> None:
+    """Raises ValueError, in one line, without MONAI."""
     try:
         import monai.inferers  # noqa: F401
     except ImportError:
-        return False
-    return True
+        raise ValueError("predict --peer needs MONAI for its sliding window: pip install monai") from None
 
 
 def _ours(

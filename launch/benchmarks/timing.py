@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +45,16 @@ class Work:
 def compiled(function: Callable, *arguments: Any) -> tuple[Callable[[], Any], Facts]:
     """``function`` compiled for ``arguments``, and what its program costs."""
     program = jax.jit(function).lower(*arguments).compile()
-    facts = {
+    return lambda: jax.block_until_ready(program(*arguments)), costs(program, function, arguments)
+
+
+def costs(program: jax.stages.Compiled, function: Callable, arguments: tuple) -> Facts:
+    """What ``program``, compiled from ``function``, does, moves and holds."""
+    return {
         "gflop": flops(function, *arguments) / 1e9,
         "gbytes": moved_bytes(program.as_text()) / 1e9,
         "temporaries_gb": program.memory_analysis().temp_size_in_bytes / 1e9,
     }
-    return lambda: jax.block_until_ready(program(*arguments)), facts
 
 
 def measure(works: Sequence[Work], repeats: int) -> list[dict[str, Any]]:
@@ -84,22 +89,25 @@ def measure_apart(works: Sequence[Work], repeats: int, memory: bool = False) -> 
     with ExitStack() as stack:
         processes = [stack.enter_context(_process()) for _ in works]
 
-        def within(i: int, function: Callable, *arguments: Any) -> Any:
+        def within(i: int, function: Callable[..., Facts], *arguments: Any) -> Facts:
             try:
-                return processes[i].submit(function, *arguments).result()
-            except Exception as error:  # of whatever library the peer uses; the others' figures are still wanted
+                found = processes[i].submit(_within, function, _is_ours(works[i].name), on_gpu, *arguments).result()
+            except BrokenProcessPool:
+                found = "its process died, probably out of memory"
                 if _is_ours(works[i].name):
-                    raise
-                rows[i]["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    raise ChildProcessError(f"{works[i].name}: {found}") from None
+            if isinstance(found, str):
+                rows[i]["failed"] = found
+            return {} if isinstance(found, str) else found
 
         for i, work in enumerate(works):
             began = time.perf_counter()
-            rows[i] |= within(i, _prepare, work, memory, on_gpu) or {}
+            rows[i] |= within(i, _prepare, work, memory)
             taken = time.perf_counter() - began
             print(f"{work.name}: {rows[i].get('failed', 'ready')} after {taken:.1f} s", file=sys.stderr, flush=True)
         for _ in range(repeats):
             for i, own in enumerate(samples):
-                if "failed" not in rows[i] and (sample := within(i, _turn, on_gpu)):
+                if "failed" not in rows[i] and (sample := within(i, _turn)):
                     own.append(sample)
     return [row if "failed" in row else medians(row["name"], own) | row for row, own in zip(rows, samples, strict=True)]
 
@@ -128,6 +136,21 @@ def _turn(on_gpu: bool) -> Facts:
     return timed(run)
 
 
+def _within(function: Callable[..., Facts], ours: bool, on_gpu: bool, *arguments: Any) -> Facts | str:
+    """In a process of its own: what ``function`` gives, or for a peer's work in one line why it failed."""
+    try:
+        return function(*arguments, on_gpu)
+    except Exception as error:  # of whatever library it uses, which this project may be unable to read
+        if ours:
+            raise
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    finally:
+        if on_gpu and not ours:
+            import torch
+
+            torch.cuda.empty_cache()  # the others need the card's memory; the next turn's first run takes it again
+
+
 def medians(name: str, samples: Sequence[Facts]) -> dict[str, Any]:
     """A row: the median of every quantity, and the spread of the seconds."""
     seconds = [sample["seconds"] for sample in samples]
@@ -152,7 +175,8 @@ def _is_ours(name: str) -> bool:
 def _peak_memory(run: Callable[[], Any], by_jax: bool, on_gpu: bool) -> int:
     """Most bytes in use during a run that is not the first.
 
-    On a GPU the memory of the card; on a CPU what this process holds in all: interpreter, libraries, program, arrays.
+    On a GPU the memory of the card, for JAX since the process began; on a CPU what this process holds in all:
+    interpreter, libraries, program, arrays.
     """
     if on_gpu:
         if by_jax:

@@ -118,7 +118,8 @@ class SlidingWindow:
 
         params = jax.device_put(jax.tree.map(_addressable, params), self._programs.everywhere)
         average = self._average_on_device if on_device else self._average_on_host
-        return np.ascontiguousarray(average(params, volume, batches, finished)[inner])
+        with jax.sharding.use_abstract_mesh(self._programs.everywhere.mesh.abstract_mesh):  # the kernels for GPUs ask
+            return np.ascontiguousarray(average(params, volume, batches, finished)[inner])
 
     def _average_on_device(
         self, params: Any, volume: np.ndarray, batches: list[windows.Batch], finished: Callable[[int], None]

@@ -2,13 +2,14 @@
 
 XLA's grouped convolution is the wrong tool here: on CPU it runs one channel at a time, on GPU its gradients cost as
 much as a dense convolution's (jax-ml/jax#13800, #31662). A depthwise convolution is a sum of shifted products, one
-per kernel tap, so it is written as that sum and left to fuse into a single pass over memory:
+per kernel tap, so it is written as that sum and left to fuse into a single pass over memory, or on an NVIDIA GPU in
+bfloat16 done by a kernel of mednext_jax/nn/gpu:
 
 * forward: ``y[i] = sum_t x[stride * i + t - k // 2] * kernel[t]``, outside of x is zero;
 * input gradient: the same sum with the taps mirrored (stride 1), or the transposed operation (stride 2);
-* transposed operation, stride 2: each parity of the output index sees its own subset of taps, so the output is
-  built phase by phase and interleaved. No zeros are inserted and multiplied;
-* kernel gradient: one reduction per tap.
+* transposed operation, stride 2: each parity of the output index sees its own subset of taps. With the parities as
+  axes of their own it is a sum of few shifts, and no zeros are inserted and multiplied;
+* kernel gradient: a sum of products per tap, arranged for the device (tap_sums.py).
 
 Layout: x is ``(B, *spatial, C)``, kernel is ``(*k, 1, C)`` as in ``flax.linen.Conv``; two or three spatial axes,
 every kernel size odd. Accumulation is in float32 at least.

@@ -195,7 +195,8 @@ def _with_bias_backward(bias: Array, g: Array) -> tuple[Array, Array]:
     """
     rows = _rows(g)
     if jax.default_backend() == "cpu":
-        total = jax.lax.dot(jax.lax.full((rows.shape[0],), 1, rows.dtype), rows)
+        ones = jax.lax.full((rows.shape[0],), 1, rows.dtype)
+        total = jax.lax.dot(ones, rows, preferred_element_type=jnp.promote_types(g.dtype, jnp.float32))
     else:
         # Behind the barrier g is what its dtype says; XLA would keep a float32 copy of it for the sum.
         g = jax.lax.optimization_barrier(g)

@@ -1,4 +1,4 @@
-"""Functions of one voxel's channels, applied slab by slab, with a backward pass that keeps only the input.
+"""Functions of one voxel's channels, applied slab by slab, with a backward pass that keeps what they were applied to.
 
 Memory is what limits 3-D training, and the expanded activations (2 to 8 times the block's input) are the hog. They
 are never stored: the backward pass computes them again. On CPU, where a slab of them fits the cache, both passes run

@@ -145,17 +145,31 @@ def _cost(method: Method, model: Any, x: jax.ShapeDtypeStruct, compiled: bool, t
 
 def _time(program: Any, arguments: tuple, steps: int) -> float:
     """The fastest of ``steps`` calls after one to warm up, in seconds."""
+    run, seconds = runner(program, arguments), []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def runner(program: Any, arguments: tuple) -> Callable[[], None]:
+    """Does one step of what :func:`compile_step` made, on random numbers, and waits for its end.
+
+    Args:
+      arguments: their shapes, as of :func:`step_of`.
+    """
     random = np.random.default_rng(0)
     trainable, state, frozen, x = jax.tree.map(
         lambda leaf: jnp.asarray(random.standard_normal(leaf.shape) * 0.02, leaf.dtype), arguments
     )
     state = jax.tree.map(jnp.abs, state)  # second moments are not negative
-    seconds = []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
+
+    def run() -> None:
+        nonlocal trainable, state
         trainable, state = jax.block_until_ready(program(trainable, state, frozen, x))
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+
+    return run
 
 
 def _file_bytes(trainable: Mapping[str, Any]) -> int:

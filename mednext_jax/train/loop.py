@@ -131,17 +131,16 @@ class Run:
         return self.finish()
 
     def compile(self) -> Any:
-        """The compiled step; says how long it took and what it costs."""
+        """The compiled step; says how long it took and what it holds."""
         self.log.say("compiling the training step (up to a minute or two on a CPU, seconds if it was before)")
         started, batch = time.monotonic(), experiment.batch_shapes(self.config, len(self.data.contract.channels))
         compiled = compile_step(self.parts.step, self.mesh, self.state, self.frozen, batch, self.shard_optimizer)
         devices.meet("compiled")
-        costs = compiled.cost_analysis() or {}
         self.temporary_bytes = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
         self.log.say(
             f"compiled in {time.monotonic() - started:.1f} s for {self.mesh.devices.size} "
-            f"{jax.devices()[0].device_kind} device(s): {costs.get('flops', math.nan) / 1e9:.3g} GFLOP and "
-            f"{(self.temporary_bytes or math.nan) / 2**20:.4g} MiB of temporaries per device"
+            f"{jax.devices()[0].device_kind} device(s): {(self.temporary_bytes or math.nan) / 2**20:.4g} MiB of "
+            "temporaries per device"
         )
         return compiled
 

@@ -127,6 +127,18 @@ def test_parameters_may_lie_on_several_devices():
         np.testing.assert_allclose(window.predict(spread, IMAGE), 2 * IMAGE[..., :2], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("windows_per_batch", "size"), [(4, 4), (3, 1)])
+def test_the_network_is_traced_within_the_mesh_that_computes_the_windows(windows_per_batch, size):
+    seen = []  # by which kernels for GPUs are divided over several devices
+
+    def apply(params, x):
+        seen.append(jax.sharding.get_abstract_mesh())
+        return scaled(params, x)
+
+    SlidingWindow(apply, (8, 8, 8), 2, windows_per_batch=windows_per_batch).predict(PARAMS, IMAGE)
+    assert {(mesh.axis_names, mesh.size) for mesh in seen} == {(("data",), size)}
+
+
 def test_auto_goes_to_the_host_when_the_volume_does_not_fit():
     stored = 4 * 32 * 32 * 32 * (3 + 2 + 2 + 1)  # volume, sums, result and weight, rounded up to 32 voxels
     fits = SlidingWindow(scaled, (8, 8, 8), 2, device_bytes=stored)
