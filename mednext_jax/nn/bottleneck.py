@@ -49,7 +49,8 @@ class InvertedBottleneck(nn.Module):
       mode: what conv1 does to the size.
       adapters: adapters of the network; those aimed at this module or its layers are hosted here.
       zero: conv3 starts at zero (for a block that serves as adapter).
-      remat: "none" stores what autodiff asks for, anything else recomputes the second half.
+      remat: "none" stores what autodiff asks for, "mlp" recomputes the second half, "block" the convolution too, where
+        neither SSF nor an adapter sits on its result.
       shares_input: something beside the block keeps its input as well, so conv1 is recomputed from it.
     """
 
@@ -89,7 +90,7 @@ class InvertedBottleneck(nn.Module):
         slabwise = self.remat != "none" and self.norm_type == "group" and grn is None
         if slabwise and groups == channels and conv1.ssf is None and not adapters:
             beside = any(a.placement == "parallel" for a in at_site(self.adapters, self.path, "module"))
-            before = Before(self.mode, self.shares_input or beside)
+            before = Before(self.mode, self.shares_input or beside or self.remat == "block")
             return add_convolved_voxelwise(
                 MLP, self.exp_r * channels, before, x, onto, effective_depthwise_kernel(conv1), conv1.bias, norm,
                 (expand, compress),

@@ -140,7 +140,8 @@ def gradients(
         smaller = wanted.sizes if mode == "up" else out
         rows = missing_rows(smaller[-2])
         # Not before the gradient: XLA would find the forward pass's copy to be the same, and keep that.
-        seen = padded(not_before(x, padded_g), margins(sizes, rows if mode == "up" else stride * rows))
+        seen, padded_g = not_before(x, padded_g)
+        seen = padded(seen, margins(sizes, rows if mode == "up" else stride * rows))
         pair = (padded_g, seen) if mode == "up" else (seen, padded_g)
         d_taps = tap_sums(*pair, taps, smaller, stride)
     if wanted.bias:

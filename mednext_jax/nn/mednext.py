@@ -69,14 +69,21 @@ class Stage(nn.Module):
     def __call__(self, x: Array) -> Array:
         y = x
         beside = any(adapter.placement == "parallel" for adapter in at_site(self.adapters, self.path, "module"))
-        # nn.remat keeps the names: parameter paths do not depend on a memory option.
-        block = nn.remat(MedNeXtBlock) if self.remat == "block" else MedNeXtBlock
+        block = recomputed(MedNeXtBlock, self)
         for i in range(self.blocks):
             y = block(
                 x.shape[-1], self.exp_r, self.kernel_size, self.norm_type, grn=self.grn, adapters=self.adapters,
                 remat=self.remat, shares_input=beside and i == 0, do_res=self.do_res, dim=self.dim, name=str(i),
             )(y)  # fmt: skip
         return hosted(self, x, y)
+
+
+def recomputed(block: type[nn.Module], owner: nn.Module) -> type[nn.Module]:
+    """``block`` under ``nn.remat``, which keeps names, where ``remat="block"`` is asked for and the block does
+    not see to it by itself: with norms that are not voxel by voxel (``InvertedBottleneck.branch``).
+    """
+    by_itself = owner.norm_type == "group" and not owner.grn
+    return nn.remat(block) if owner.remat == "block" and not by_itself else block
 
 
 class MedNeXt(nn.Module):
@@ -95,8 +102,8 @@ class MedNeXt(nn.Module):
       kernel_size: of all stages; overrides ``enc_kernel_size`` and ``dec_kernel_size`` unless None.
       adapters: see :mod:`mednext_jax.nn.adapters`; mappings of their fields are accepted.
       dtype: of the computation; parameters, norms and logits are float32.
-      remat: what the backward pass recomputes: "none" nothing, "mlp" the expanded half of every block (the default:
-        a few per cent of time for most of the memory), "block" whole blocks.
+      remat: what the backward pass recomputes: "none" nothing, "mlp" the expanded half of every block (the default,
+        and the fastest: what it saves in memory traffic is more), "block" the blocks' convolutions too.
     """
 
     in_channels: int = 4
@@ -150,8 +157,7 @@ class MedNeXt(nn.Module):
     def _resampler(self, block: type[nn.Module], name: str, channels: int, stage: int) -> nn.Module:
         """The block that leads into ``stage``; encoder kernels on the way down, decoder kernels on the way up."""
         decoder = block is MedNeXtUpBlock
-        block = nn.remat(block) if self.remat == "block" else block
-        return block(
+        return recomputed(block, self)(
             channels, self.expansions[stage], self._kernel_size(8 if decoder else 0), self.norm_type,
             grn=self.grn and name != "down_0", adapters=self.adapters, remat=self.remat,
             do_res=self.do_res_up_down, dim=self.dim, name=name,

@@ -72,14 +72,17 @@ def room(shape: tuple[int, ...], g: Array) -> Array:
     return jnp.broadcast_to(jnp.where(never, first, 0).reshape(-1, *(1,) * (len(shape) - 1)), shape)
 
 
-def not_before(x: Array, g: Array) -> Array:
-    """x, bit for bit, but not known before g (B, ...) is.
+def not_before(x: Array, g: Array) -> tuple[Array, Array]:
+    """x and g (B, ...), bit for bit, but x not known before g is.
 
     What is computed from it in the backward pass can then be neither made early nor merged with the same result of
-    the forward pass, which would have to be kept. (``optimization_barrier`` is gone on CPU when XLA merges.)
+    the forward pass, which would have to be kept. ``optimization_barrier`` is gone on CPU when XLA merges; on a GPU it
+    holds, without the copy of x that a kernel of ours would be given, and for less memory if g goes through it too.
     """
+    if jax.default_backend() == "gpu":
+        return jax.lax.optimization_barrier((x, g))
     never, first = (a.reshape(-1, *(1,) * (x.ndim - 1)) for a in _never(g))
-    return jnp.where(never, first.astype(x.dtype), x)
+    return jnp.where(never, first.astype(x.dtype), x), g
 
 
 def _never(g: Array) -> tuple[Array, Array]:

@@ -158,7 +158,8 @@ def _gradients(f: Callable, width: int, before: Before | None, saved: tuple, g: 
     wanted, x, y, learnt, frozen, statistics = saved
     convolution, norm, weights = _joined(learnt, frozen)
     if y is None:
-        y = depthwise.convolve(before.mode, not_before(x, g), *convolution)
+        seen, g = not_before(x, g)
+        y = depthwise.convolve(before.mode, seen, *convolution)
     needs_d_y = wanted.x or bool(jax.tree.leaves(learnt[0]))
     margins = () if before is None else depthwise.margins_of_gradient(before.mode, convolution[0], y)
     if by_kernels := per_voxel.taken(f, y, weights) is not None:
