@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mednext_jax.nn import depthwise
 from mednext_jax.nn.gpu import depthwise as gpu_depthwise
 from mednext_jax.nn.gpu import mlp, mlp_kernels, statistics, tap_sums, triton
+from mednext_jax.peft.flops import flops
 
 ROUNDING = 2**-8  # of one bfloat16 number, relative
 
@@ -154,6 +155,24 @@ def test_second_half_and_its_gradients_are_those_of_float32(case):
                 assert_close(found.moment, (d_n * x_hat).sum(1), 3 * ROUNDING)
         for part, other in zip(found.matrices or (), d_matrices if wants[1] else (), strict=True):
             assert_close(part, other, 3 * ROUNDING)
+
+
+@pytest.mark.parametrize("case", MLPS)
+def test_arithmetic_of_the_second_halfs_kernels_is_counted_as_that_of_its_twin(case):
+    y, g, norm, matrices = operands(*case)
+    forward = flops(lambda y: mlp.forward(y, None, norm, matrices), y)
+    assert forward == pytest.approx(flops(lambda y: second_half(y, norm, matrices), y), rel=0.02)
+
+    def pulled(y, g, wants):
+        n = y.astype(jnp.float32) if norm is None else (y - norm.mean[:, None]) * norm.rstd[:, None]
+        found = jax.vjp(lambda n, matrices: second_half(n, None, matrices), n, matrices)[1](g.astype(jnp.float32))
+        return [part for part, wanted in zip(found, wants, strict=True) if wanted]
+
+    # Where parts of the expanded channels take turns, two kernels share the work, and both expand.
+    again = 0.36 if mlp_kernels.chunk_of(case[2]) < case[2] else 0.03
+    for wants, most in (((True, True), 1 + again), ((True, False), 1), ((False, True), 1.03)):
+        counted = flops(lambda y, g, wants=wants: jax.tree.leaves(mlp.gradients(y, g, norm, matrices, *wants)), y, g)
+        assert 0.87 < counted / flops(lambda y, g, wants=wants: pulled(y, g, wants), y, g) < most
 
 
 def uses_kernels(function, *arguments):
