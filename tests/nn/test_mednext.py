@@ -1,5 +1,7 @@
 """MedNeXt as a module: names, shapes, options, adapters at their sites. Its numbers are in the golden tests."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +63,41 @@ def test_remat_changes_neither_names_nor_numbers(remat):
 
     for a, b in zip(jax.tree.leaves(gradient(other)), jax.tree.leaves(gradient(MedNeXt(**TINY))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def loss_of(model, size):
+    """A loss, and shapes to trace it with."""
+    x = jax.ShapeDtypeStruct((1, *size, model.in_channels), jnp.float32)
+    params = unflatten(parameter_shapes(model))
+    return lambda params, x: jnp.mean(model.apply({"params": params}, x) ** 2), params, x
+
+
+def test_remat_wraps_second_halves_or_also_whole_blocks_but_only_those_that_do_not_recompute_by_themselves():
+    def wrapped(grn, remat):
+        model = MedNeXt(**TINY | {"block_counts": (2, 1, 0, 0, 0, 0, 0, 0, 3)}, grn=grn, remat=remat)
+        loss, *shapes = loss_of(model, (16, 32))
+        return len(re.findall(r" = (?:remat|checkpoint)\w*\[", str(jax.make_jaxpr(loss)(*shapes))))
+
+    assert [wrapped(False, remat) for remat in ("none", "mlp", "block")] == [0, 0, 0]
+    halves = 6 + 7  # of blocks and resamplers with response norm, which down_0 never has
+    assert [wrapped(True, remat) for remat in ("none", "mlp", "block")] == [0, halves, halves + 6 + 8]
+
+
+def test_recomputing_the_expanded_half_saves_most_of_the_memory_and_the_convolutions_a_part_of_the_rest():
+    def temporaries(remat):
+        changes = {"dim": "3d", "exp_r": 4, "kernel_size": 1, "block_counts": (3, *(0,) * 8)}
+        loss, *shapes = loss_of(MedNeXt(**TINY | changes, remat=remat), (32, 32, 48))
+        return jax.jit(jax.grad(loss)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries("none") > 4 * temporaries("mlp") > 4 * 1.3 * temporaries("block")
+
+
+def test_equal_blocks_are_written_once_in_a_program_and_so_are_their_gradients():
+    def products(count):
+        loss, *shapes = loss_of(MedNeXt(**TINY | {"block_counts": (count, *(0,) * 8)}), (16, 32))
+        return jax.jit(jax.value_and_grad(loss)).lower(*shapes).as_text().count("stablehlo.multiply")
+
+    assert products(5) == products(2) > 0
 
 
 def test_slabs_do_not_change_the_numbers(monkeypatch):
