@@ -7,15 +7,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-
-from data_pipeline import store
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 import benchmark  # noqa: E402
-from benchmarks import upstream  # noqa: E402
+from benchmarks import data, upstream  # noqa: E402
 
 WAYS = {  # of the peer, by --peer_layout: its name, whether channels come last
     "both": [("torch", False), ("torch channels-last", True)],
@@ -45,13 +42,9 @@ def test_step_counts_the_arithmetic_of_every_patch_forward_and_back(tmp_path):
 
 
 def test_data_reads_the_store_and_the_size_that_are_named(tmp_path):
-    random = np.random.default_rng(0)
-    image, label = random.standard_normal((19, 21, 18, 4)).astype(np.float16), np.zeros((19, 21, 18), np.uint8)
-    label[5:9, 7:12, 6:8] = 3
-    written = [store.write_case(tmp_path / "store", "only", image, label, {})]
-    store.write_dataset(tmp_path / "store", written, {"train": ["only"], "val": [], "test": []})
+    noise = data.noise_store(tmp_path / "store", n_cases=1)
     sizes = ("--size=16", "--batch=3", "--threads=1", "--skip_step")
-    (row,) = rows_of(tmp_path, "data", f"--store={tmp_path / 'store'}", *sizes)
+    (row,) = rows_of(tmp_path, "data", f"--store={noise.path}", *sizes)
     assert row["name"] == "crop of 16^3 x 4" and row["crops_per_second"] > 0
 
 
