@@ -62,7 +62,7 @@ def usable_cores() -> int:
 def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callable, title: str) -> list:
     # Spawned, not forked: the caller may run threads (JAX does), which a fork would break.
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         with _ctrl_c_waits():
             futures = [pool.submit(function, item) for item in items]
@@ -126,13 +126,13 @@ def _ctrl_c_waits() -> Iterator[None]:
             handler(*pressed[0])
 
 
-def _prepare_worker() -> None:
+def end_with_parent() -> None:
     """Ends this worker when the parent is gone without stopping it."""
 
-    def leave_with_parent() -> None:
+    def wait() -> None:
         parent = multiprocessing.parent_process()
         if parent is not None:
             parent.join()
             os._exit(1)
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()

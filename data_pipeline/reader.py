@@ -17,6 +17,8 @@ import grain
 import numpy as np
 from absl import flags
 
+from data_pipeline import parallel
+
 CLOSE_SECONDS = 10.0  # a worker that is well ends in a fraction of a second
 
 
@@ -107,10 +109,4 @@ def _set_up_worker(pids: str, index: int, count: int) -> None:
     # Terminals and schedulers signal the whole group. It is the parent's business: it saves, then closes the workers.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    parallel.end_with_parent()

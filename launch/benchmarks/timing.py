@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.traffic import moved_bytes
+from data_pipeline import parallel
 from mednext_jax.peft.flops import flops
 
 OURS = "ours"
@@ -165,7 +166,8 @@ def apart(function: Callable, *arguments: Any) -> Any:
 
 
 def _process() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=parallel.end_with_parent)
 
 
 def _is_ours(name: str) -> bool:

@@ -86,9 +86,9 @@ COMPILED = {
     "norm_bias_head": (0.7, 0.75),
     "depthwise": (0.9, 0.9),
     "depthwise_adapter": (0.95, 0.95),
-    "conv_adapter": (1.0, 1.1),
+    "conv_adapter": (0.95, 1.05),
     "linear_adapter": (0.7, 0.9),
-    "ssf": (0.9, 1.7),  # keeps what it scales; as much as full fine-tuning on a deeper network
+    "ssf": (0.9, 1.7),  # keeps what it scales
     "lora": (0.95, 0.95),
     "paper_sequential": (1.15, 1.8),  # a whole block more per stage
     "paper_parallel": (1.15, 1.8),
