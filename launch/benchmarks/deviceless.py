@@ -16,6 +16,7 @@ from unittest import mock
 os.environ |= {
     "JAX_PLATFORMS": "cpu,cuda",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program from there could only be loaded onto a device
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
 }
 
