@@ -119,11 +119,11 @@ def peft_rows(
     for method in methods:
         method.shapes_on(model)  # refuses one that does not fit before others are compiled
     known = peft.costs(methods, model, (size,) * 3, batch)
-    works = [Work(cost.method.replace("`", ""), _method, (network, batch, size, text))
-             for cost, text in zip(known, texts, strict=True)]  # fmt: skip
+    works = [Work(known_cost.method.replace("`", ""), _method, (network, batch, size, text))
+             for known_cost, text in zip(known, texts, strict=True)]  # fmt: skip
     timed = timing.measure(works, repeats)
-    costs = [replace(cost, temporary_bytes=round(1e9 * row["temporaries_gb"]), step_seconds=row["seconds"])
-             for cost, row in zip(known, timed, strict=True)]  # fmt: skip
+    costs = [replace(known_cost, temporary_bytes=round(1e9 * row["temporaries_gb"]), step_seconds=row["seconds"])
+             for known_cost, row in zip(known, timed, strict=True)]  # fmt: skip
     rows = [asdict(cost) | row for cost, row in zip(costs, timed, strict=True)]
     for row in rows:
         shares = ("step_flops", "predict_flops", "temporary_bytes", "step_seconds", "gbytes")
