@@ -44,9 +44,11 @@ SHAPES = [  # of x, kernel
 @pytest.fixture
 def few_programs(monkeypatch):
     """Each goes around its loop several times."""
-    kept = (tap_sums._kernel, statistics._statistics, mlp_kernels.backward)
+    kept = (tap_sums._by_rows, tap_sums._walking, statistics._statistics, mlp_kernels.backward)
     for module in (tap_sums, statistics, mlp_kernels):
         monkeypatch.setattr(module, "PROGRAMS", 3)
+    monkeypatch.setattr(tap_sums, "WALKS", 3)
+    monkeypatch.setattr(tap_sums, "PLANES", 5)
     for each in kept:
         each.cache_clear()
     yield
@@ -131,10 +133,18 @@ def operands(voxels, channels, expanded, out, normed):
     return noise(2, voxels, channels), noise(2, voxels, out, seed=3), norm, matrices
 
 
+def with_large_means():
+    """Twenty standard deviations from zero, and the norm that goes with them."""
+    y, g, norm, matrices = operands(210, 32, 64, 32, True)
+    y = (y + 20).astype(jnp.bfloat16)
+    wide = y.astype(jnp.float32)
+    return y, g, norm._replace(mean=wide.mean(1), rstd=1 / wide.std(1)), matrices
+
+
 @pytest.mark.usefixtures("few_programs")
-@pytest.mark.parametrize("case", MLPS)
+@pytest.mark.parametrize("case", [*MLPS, "large means"])
 def test_second_half_and_its_gradients_are_those_of_float32(case):
-    y, g, norm, matrices = operands(*case)
+    y, g, norm, matrices = with_large_means() if case == "large means" else operands(*case)
     wanted = second_half(y, norm, matrices) + matrices.compress_bias + g.astype(jnp.float32)
     assert_close(jax.jit(mlp.forward)(y, g, norm, matrices), wanted, 2 * ROUNDING)
     x_hat = y.astype(jnp.float32)

@@ -117,7 +117,7 @@ def _same(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...], h
                 real = _within(z, depth) & _within(to_y, height)
                 for tx in range(kx):
                     at = begin + (tx - kx // 2) * channels
-                    seen = triton.load(x_ref.at[at], mask=inside[tx] & real, other=0.0).astype(jnp.float32)
+                    seen = triton.load_wide(x_ref.at[at], inside[tx] & real)
                     for tz in range(kz):  # the plane at place i of the sums sees this one through tap kz - 1 - i
                         tap = ((kz - 1 - tz) * ky + ty) * kx + tx
                         weight = taps_ref[tap * channels + channel][None, :]
@@ -134,7 +134,7 @@ def _same(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...], h
             here = line(z, y) + lanes
             result = sums[0] + bias_ref[channel][None, :]
             if has_onto:
-                result = result + triton.load(onto_ref.at[here], mask=written, other=0.0).astype(jnp.float32)
+                result = result + triton.load_wide(onto_ref.at[here], written)
             triton.store(y_ref.at[here], result.astype(y_ref.dtype), mask=written)
             return (*sums[1:], jnp.zeros((row, many), jnp.float32))
 
@@ -166,7 +166,7 @@ def _down(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...], h
             real = _within(to_z, depth) & _within(to_y, height)
             for tx in range(kx):
                 at = begin + (tx - kx // 2) * channels
-                seen = triton.load(x_ref.at[at], mask=inside[tx] & real, other=0.0).astype(jnp.float32)
+                seen = triton.load_wide(x_ref.at[at], inside[tx] & real)
                 weight = taps_ref[(number * kx + tx) * channels + channel][None, :]
                 total = triton.multiply_add(seen, weight, total)
             return total
@@ -207,7 +207,7 @@ def _up(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...], has
             to_z, to_y, to_x = z + steps[0], y + steps[1], across + steps[2]
             real = _within(to_x, width)[:, None] & _within(to_z, depth) & _within(to_y, height)
             at = ((sample * depth + to_z) * height + to_y) * (width * channels) + lanes + steps[2] * channels
-            seen = triton.load(x_ref.at[at], mask=real, other=0.0).astype(jnp.float32)
+            seen = triton.load_wide(x_ref.at[at], real)
             for parity, (tz, ty, tx) in needed.items():
                 weight = taps_ref[((tz * taps[1] + ty) * taps[2] + tx) * channels + channel][None, :]
                 sums[parity] = triton.multiply_add(seen, weight, sums[parity])

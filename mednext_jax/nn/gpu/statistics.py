@@ -64,7 +64,7 @@ def _statistics(sizes: tuple[int, int]):
             row = (begin * each + i) * VOXELS + jnp.arange(VOXELS)
             real = (row < voxels)[:, None]
             at = (sample * voxels + row)[:, None] * channels + channel[None, :]
-            return triton.load(x_ref.at[at], mask=real, other=0.0).astype(jnp.float32), real
+            return triton.load_wide(x_ref.at[at], real), real
 
         # Every place of the block adds up about the first number that it sees, so that digits are kept.
         pivot, _ = tile(0)

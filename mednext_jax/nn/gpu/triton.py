@@ -33,6 +33,16 @@ store = triton and triton.store
 place = pl.program_id
 
 
+def load_wide(reference: Any, mask: Array) -> Array:
+    """A bfloat16 block as float32, zeros where ``mask`` is not."""
+    block = load(reference, mask=mask, other=0.0)
+    if interpreted:
+        return block.astype(jnp.float32)
+    # Two numbers lie in a register: an instruction for each, where Triton's compiler takes three for both.
+    halves = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+    return _instruction(halves, block, constraints="=r,=r,r", pack=2)
+
+
 def multiply_add(a: Array, b: Array, c: Array | float) -> Array:
     """``a * b + c`` of float32 blocks in one instruction, which Triton's compiler does not make of two."""
     b, c = (jnp.broadcast_to(jnp.asarray(other, jnp.float32), a.shape) for other in (b, c))
@@ -44,16 +54,12 @@ def power_of_two(x: Array) -> Array:
     return jnp.exp2(x) if interpreted else _instruction("ex2.approx.ftz.f32 $0, $1;", x)
 
 
-def reciprocal(x: Array) -> Array:
-    """1 / x of a float32 block, to 23 bits."""
-    return 1 / x if interpreted else _instruction("rcp.approx.ftz.f32 $0, $1;", x)
-
-
-def _instruction(text: str, *blocks: Array) -> Array:
+def _instruction(text: str, *blocks: Array, constraints: str = "", pack: int = 1) -> Array:
+    """A float32 block of what ``text`` makes of ``pack`` numbers of each block; constraints: all in float registers."""
     shape = jax.ShapeDtypeStruct(blocks[0].shape, jnp.float32)
-    constraints = ",".join(["=f", *("f" for _ in blocks)])
+    constraints = constraints or ",".join(["=f", *("f" for _ in blocks)])
     (result,) = triton.elementwise_inline_asm(
-        text, args=blocks, constraints=constraints, pack=1, result_shape_dtypes=[shape]
+        text, args=blocks, constraints=constraints, pack=pack, result_shape_dtypes=[shape]
     )
     return result
 
@@ -62,6 +68,11 @@ def divided(number: Array, by: int) -> tuple[Array, Array]:
     """Quotient and remainder of an index, which is not negative."""
     by = jnp.asarray(by, number.dtype)
     return jax.lax.div(number, by), jax.lax.rem(number, by)
+
+
+def within(index: Array, size: int) -> Array:
+    """Whether ``0 <= index < size``, by one comparison: as an unsigned number a negative one is large."""
+    return jax.lax.bitcast_convert_type(index, jnp.uint32) < jnp.uint32(size)
 
 
 def usable(*arrays: Array) -> bool:
