@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import platform
-import stat
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,7 +11,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from data_pipeline import cohorts, integrity, labels, parallel, store, store_files
+from data_pipeline import cohorts, fingerprints, integrity, labels, parallel, store, store_files
 from data_pipeline import splits as splitting
 from data_pipeline.cohorts import Case, Problem, shown
 from data_pipeline.integrity import check
@@ -92,7 +90,7 @@ def preprocess(
         settings = _provenance(label_map)
         data_hash = _data_hash(records, normalization)
         new_splits = split(patients)
-        _tell_of_other_splits(Path(store_path), new_splits)
+        _tell_of_changes(Path(store_path), new_splits, normalization)
         return store.write_dataset(store_path, records, new_splits, data_hash, settings, normalization)
 
 
@@ -102,7 +100,7 @@ def _prepare_into(
     """Prepares one case into the store at ``path``, unless it is there; returns its record and problems."""
     record = _unchanged(path, label_map, normalization, case)
     if record is None:
-        sources = {content: _fingerprint(file) for content, file in _files(case).items()}
+        sources = {content: fingerprints.of(file) for content, file in _files(case).items()}
         found = integrity.examine(case, label_map)
         if found.serious:
             return None, found.problems
@@ -127,11 +125,7 @@ def _unchanged(path: Path, label_map: dict[int, int], normalization: str, case: 
         store_files.open_array(folder / "image.npy", np.float16, (*record["shape"], len(cohorts.CHANNELS)))
         if record["labelled"]:
             store_files.open_array(folder / "label.npy", np.uint8, tuple(record["shape"]))
-        files = _files(case)
-        same = record["sources"].keys() == files.keys() and all(
-            _is_same(record["sources"][content], file) for content, file in files.items()
-        )
-        return record if same else None
+        return record if fingerprints.are_of(record["sources"], _files(case)) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # absent or damaged: prepare it anew
 
@@ -139,28 +133,6 @@ def _unchanged(path: Path, label_map: dict[int, int], normalization: str, case: 
 def _files(case: Case) -> dict[str, Path]:
     segmentation = {cohorts.SEGMENTATION: case.segmentation} if case.segmentation else {}
     return {**case.images, **segmentation}
-
-
-def _fingerprint(path: Path) -> dict | None:
-    """Name, size, time and hash of a source file; None if unreadable, which the examination will report."""
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever, /dev/zero never end
-            return None
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
-    return {"file": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest}
-
-
-def _is_same(known: Mapping, path: Path) -> bool:
-    """Whether a file is what the record says: by size and time, else by content (copies change the time)."""
-    status = os.stat(path)
-    if (known["file"], known["bytes"]) != (path.name, status.st_size):
-        return False
-    now = _fingerprint(path) if known["mtime_ns"] != status.st_mtime_ns else known
-    return now is not None and now["sha256"] == known["sha256"]
 
 
 def _stop_if_bad(problems: Sequence[Problem], folder: str | Path, skip_bad: bool, kind: str = "") -> None:
@@ -213,11 +185,17 @@ def _refuse_other_cases(path: Path, cases: Sequence[Case], problems: Sequence[Pr
         raise ValueError(f"{shown(path)}: {text}; choose another folder, or delete it first")
 
 
-def _tell_of_other_splits(path: Path, splits: Mapping) -> None:
-    """Warns where cases change sides: a network may have been trained on what is now tested."""
-    if (path / "dataset.json").exists() and store.Store(path).splits != splits:
+def _tell_of_changes(path: Path, splits: Mapping, normalization: str) -> None:
+    """Warns where cases change sides: a network may have been trained on what is now tested; and where images do."""
+    if not (path / "dataset.json").exists():
+        return
+    before = store.Store(path)
+    if before.splits != splits:
         print(f"warning: the splits of {shown(path)} change; runs that used the old ones will not go on, and may have "
               "been trained on cases that are now for the test", file=sys.stderr)  # fmt: skip
+    if before.normalization != normalization:
+        print(f"warning: {shown(path)} was normalised by {before.normalization}, and is by {normalization} now; models "
+              "trained on it as it was expect the former", file=sys.stderr)  # fmt: skip
 
 
 def _json_map(label_map: Mapping[int, int]) -> dict[str, int]:

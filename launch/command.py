@@ -75,7 +75,7 @@ def one_line(error: BaseException) -> str:
 def _asked_for(filename: Any) -> str:
     """The path that was to be written, if this is the temporary name of a file or directory on its way there."""
     name = re.sub(r"/\.([^/]+)\.\d+\.tmp$", r"/\1", os.fsdecode(filename))
-    return re.sub(r"/\.([^/]+)\.(new|old)-\d+(/.*)?$", r"/\1", name)
+    return re.sub(r"/\.([^/]+)\.(new|old)-\d+(/.*)?$", r"/\1", name).replace("/.unfinished/", "/")
 
 
 def with_underscores(argv: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import command
 from absl import flags
 
-from data_pipeline import cohorts, labels, parallel
+from data_pipeline import atomic, cohorts, labels, parallel
 from mednext_jax.evaluate import (
     cohort,
     labelmaps,
@@ -65,7 +65,7 @@ NOTE = flags.DEFINE_string("note", "", "Line at the top of the report, such as: 
 PAGE = flags.DEFINE_bool("page", True, "Write report.html, and viewer.html where it can be.")
 VIEWER_CASES = flags.DEFINE_integer("viewer_cases", 3, "Cases in the 3-D viewer; 0 for none.", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.")
-OPTIONAL_FILES = ("brats2023.csv", "report.html", "viewer.html")  # which of them are written is the user's choice
+OPTIONAL_FILES = ("brats2023.csv", "report.html", "viewer.html")  # those of an earlier evaluation contradict the tables
 
 
 def parse_predictions(values: list[str]) -> dict[str, str]:
@@ -155,11 +155,6 @@ def check_output(output: Path) -> None:
         raise ValueError(f"{output / 'metrics.csv'} was not written by this program; choose another --output")
 
 
-def written_at(folder: Path) -> dict[str, int]:
-    """Every file of a folder and when it was written, in nanoseconds."""
-    return {path.name: path.stat().st_mtime_ns for path in sorted(folder.iterdir()) if path.is_file()}
-
-
 def print_result(evaluation: cohort.Evaluation, result: summary.Summary) -> None:
     """The mean Dice of every arm and region; extra cases, and a banner for missing ones."""
     for arm, cases in evaluation.extra.items():
@@ -183,25 +178,24 @@ def main(_) -> int:
     )
     output = Path(OUTPUT.value)
     check_output(output)
-    output.mkdir(parents=True, exist_ok=True)
-    before = written_at(output)
+    output.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is told before the work
     arms, references = read_folders()
     evaluation = cohort.evaluate(arms, references, settings, in_processes, TOLERANCE.value)
     result = summary.summarise(evaluation.table, SEED.value)
     made = provenance.record(["launch/evaluate.py", *sys.argv[1:]])
-    tables.write_table(output / "metrics.csv", evaluation.table)
-    tables.write_lesions(output / "lesions.csv", evaluation.lesions)
-    tables.write_json(output / "summary.json", summary.as_json(evaluation, result, made))
-    for name in OPTIONAL_FILES:  # those of an evaluation before this one would contradict the tables
-        (output / name).unlink(missing_ok=True)
-    if FORMAT.value == "brats2023":
-        official.write(output / "brats2023.csv", evaluation.table)
-    if PAGE.value:
-        from mednext_jax.evaluate import report  # matplotlib is not for the worker processes
+    with atomic.replacing_files(output, OPTIONAL_FILES) as folder:
+        tables.write_table(folder / "metrics.csv", evaluation.table)
+        tables.write_lesions(folder / "lesions.csv", evaluation.lesions)
+        tables.write_json(folder / "summary.json", summary.as_json(evaluation, result, made))
+        if FORMAT.value == "brats2023":
+            official.write(folder / "brats2023.csv", evaluation.table)
+        if PAGE.value:
+            from mednext_jax.evaluate import report  # matplotlib is not for the worker processes
 
-        report.write(output, evaluation, result, made, NOTE.value, IMAGES.value, VIEWER_CASES.value)
+            report.write(folder, evaluation, result, made, NOTE.value, IMAGES.value, VIEWER_CASES.value)
+        written = sorted(file.name for file in folder.iterdir())
     print_result(evaluation, result)
-    print(f"wrote {', '.join(name for name, at in written_at(output).items() if at != before.get(name))} to {output}")
+    print(f"wrote {', '.join(written)} to {output}")
     if REQUIRE_ALL.value and evaluation.incomplete:
         print("error: predictions are missing, and --require_all was given", file=sys.stderr)
         return 1

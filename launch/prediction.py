@@ -15,13 +15,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from data_pipeline import atomic, cohorts, labels, nifti, preprocess, progress, store_files
+from data_pipeline import atomic, cohorts, fingerprints, labels, nifti, preprocess, progress, store_files
 from data_pipeline.normalization import DEFAULT, NORMALIZATIONS
 from data_pipeline.store import Store
 from mednext_jax import modeldir
 from mednext_jax.infer.postprocess import PostProcess
 
 RECORD_FILE = "prediction.json"
+INPUTS_FILE = "inputs.json"  # of each case, what its files were when they were predicted from
 PROBABILITIES_FOLDER = "probabilities"
 LABEL_SCHEMES = ("input", *labels.SCHEMES)
 CASE_ERRORS = (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError)
@@ -31,10 +32,12 @@ Loaded = tuple[np.ndarray, Mapping[str, Any]]
 
 
 class Job(NamedTuple):
-    """One case to predict: its name, and how to get its normalised image (D, H, W, C) and its record."""
+    """One case to predict: its name, how to get its normalised image (D, H, W, C) and its record, and from which files
+    they come."""
 
     case_id: str
     load: Callable[[], Loaded]
+    files: Mapping[str, Path]
 
 
 class Predictor(Protocol):
@@ -77,7 +80,9 @@ def find_jobs(
     if (Path(path) / "dataset.json").is_file():
         store = Store(path)
         chosen = store.split(split) if split else store.case_ids
-        return [Job(case_id, functools.partial(_from_store, store, case_id)) for case_id in chosen], {}
+        files = [{"case.json": store_files.case_folder(path, case_id) / "case.json"} for case_id in chosen]
+        loads = [functools.partial(_from_store, store, case_id) for case_id in chosen]
+        return [Job(*one) for one in zip(chosen, loads, files, strict=True)], {}
     if split:
         raise ValueError(f"{cohorts.shown(path)} is no store, and --split={split} names a split of one")
     if normalization not in NORMALIZATIONS:
@@ -89,7 +94,7 @@ def find_jobs(
     if not cases and not bad:
         raise ValueError(f"{cohorts.shown(path)}: no case found; files must be named like {cohorts.EXAMPLES}")
     load = functools.partial(preprocess.load_for_prediction, normalization=normalization)
-    return [Job(case.case_id, functools.partial(load, case)) for case in cases], bad
+    return [Job(case.case_id, functools.partial(load, case), case.images) for case in cases], bad
 
 
 def check_output(path: str | Path, output: str | Path) -> None:
@@ -139,7 +144,8 @@ def begin(output: str | Path, record: Mapping[str, Any], jobs: Sequence[Job], ke
 def predict_cases(
     jobs: Sequence[Job], predictor: Predictor, output: str | Path, options: Options, show: bool = True
 ) -> dict[str, str]:
-    """Write ``<case_id>.nii.gz`` for every job that has none yet; while one is computed, the next is read.
+    """Write ``<case_id>.nii.gz`` for every job that has none yet, or one of other scans; while one is computed, the
+    next is read.
 
     A case that fails is reported on stderr in one line, and the others go on.
 
@@ -149,20 +155,38 @@ def predict_cases(
     Returns: {case id: reason} of the cases that failed.
     """
     output = Path(output)
-    todo = [job for job in jobs if not _label_map(output, job.case_id).exists()]
+    inputs = store_files.read_json(output / INPUTS_FILE) if (output / INPUTS_FILE).exists() else {}
+    todo = [job for job in jobs if not _is_done(job, output, inputs.get(job.case_id))]
     failed: dict[str, str] = {}
     work = _read_ahead(todo)
     for job, load in progress.track(work, total=len(todo), label="predict") if show else work:
         try:
-            image, record = load()
+            found, (image, record) = load()
             check_record(predictor.info, record)
             with _window_bar(job.case_id, show) as report:
                 probabilities = predictor.predict(image, report)
             write_prediction(output, job.case_id, probabilities, record, predictor.info, options)
+            inputs[job.case_id] = found
+            atomic.write_json(output / INPUTS_FILE, inputs)
         except CASE_ERRORS as error:
             failed[job.case_id] = _reason(error).removeprefix(f"{job.case_id}: ")
             tqdm.write(f"failed: {job.case_id}: {failed[job.case_id]}", file=sys.stderr)
     return failed
+
+
+def _is_done(job: Job, output: Path, known: Mapping[str, Any] | None) -> bool:
+    """Whether there is a label map of these very scans; one of unknown scans counts as such, one of others goes."""
+    label_map = _label_map(output, job.case_id)
+    if not label_map.exists():
+        return False
+    try:
+        done = known is None or fingerprints.are_of(known, job.files)
+    except (OSError, KeyError, TypeError, AttributeError):
+        done = False
+    if not done:
+        print(f"{job.case_id}: its scans changed since; predicted again", file=sys.stderr)
+        label_map.unlink()
+    return done
 
 
 def write_prediction(
@@ -202,12 +226,17 @@ def _label_map(output: Path, case_id: str) -> Path:
     return output / f"{case_id}.nii.gz"
 
 
-def _read_ahead(jobs: Sequence[Job]) -> Iterator[tuple[Job, Callable[[], Loaded]]]:
-    """Each job with a function that gives its data or raises; the next job is read meanwhile, in a thread."""
+def _read(job: Job) -> tuple[dict[str, fingerprints.Fingerprint | None], Loaded]:
+    """What the job's files are, before they are read, and what it loads."""
+    return {name: fingerprints.of(file) for name, file in job.files.items()}, job.load()
+
+
+def _read_ahead(jobs: Sequence[Job]) -> Iterator[tuple[Job, Callable[[], tuple[dict, Loaded]]]]:
+    """Each job with a function that gives what it reads or raises; the next job is read meanwhile, in a thread."""
     with ThreadPoolExecutor(1) as reader:
-        upcoming = [reader.submit(job.load) for job in jobs[:1]]
+        upcoming = [reader.submit(_read, job) for job in jobs[:1]]
         for i, job in enumerate(jobs):
-            upcoming += [reader.submit(following.load) for following in jobs[i + 1 : i + 2]]
+            upcoming += [reader.submit(_read, following) for following in jobs[i + 1 : i + 2]]
             yield job, upcoming.pop(0).result
 
 

@@ -31,6 +31,10 @@ def replacing(path: str | os.PathLike, names: Collection[str], kind: str) -> Ite
     try:
         yield staging
         _exchange(staging, path, old)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # as of a full disk, whose owner must know which
+            error.filename = os.fspath(path)
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -252,6 +253,15 @@ def test_results_do_not_take_the_place_of_what_is_no_evaluations(tmp_path):
         code, said, err = _evaluate(*arguments, f"--output={out}")
         assert code == 0, err
         assert "metrics.csv, report.html, summary.json" in said and "mine.csv" not in said
+    _nifti(tmp_path / "pred" / "a.nii.gz", np.roll(labels, 1, 0))
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    failed = subprocess.run(
+        [sys.executable, ROOT / "launch" / "evaluate.py", *arguments, f"--output={out}"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),  # less than the page needs
+    )  # fmt: skip
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "report.html" in failed.stderr
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
 def test_regions_of_any_label_map_are_given_by_json(tmp_path):

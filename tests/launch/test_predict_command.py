@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_store_gives_the_same_label_maps_as_its_raw_cases(tmp_path):
     preprocess.preprocess(tmp_path / "in", tmp_path / "store", workers=1, folds=0, progress=False)
     for source, output in (("in", "from_raw"), ("store", "from_store")):
         assert not predict_into(tmp_path / output, prediction.find_jobs(tmp_path / source)[0])
-    files = sorted((tmp_path / "from_raw").iterdir())
+    files = sorted((tmp_path / "from_raw").glob("*.nii.gz"))
     assert len(files) == len(AFFINES)
     for file in files:
         assert file.read_bytes() == (tmp_path / "from_store" / file.name).read_bytes()
@@ -163,7 +164,8 @@ def test_bad_case_is_reported_in_one_line_and_the_others_are_done(tmp_path, caps
     jobs, _ = prediction.find_jobs(tmp_path / "in")
     failed = predict_into(tmp_path / "out", jobs)
     assert list(failed) == [names[1]] and "t2w" in failed[names[1]]
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [f"{names[0]}.nii.gz", f"{names[2]}.nii.gz"]
+    written = sorted(file.name for file in (tmp_path / "out").glob("*.nii.gz"))
+    assert written == [f"{names[0]}.nii.gz", f"{names[2]}.nii.gz"]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"failed: {names[1]}: ")
 
@@ -180,6 +182,29 @@ def test_second_run_computes_only_what_is_missing(tmp_path):
     assert (tmp_path / "out" / f"{names[0]}.nii.gz").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("source", ["in", "store"])
+def test_a_case_whose_scans_changed_is_predicted_again(tmp_path, source, capsys):
+    names = [write_case(tmp_path / "in", i, AFFINES["flipped"])[0] for i in range(2)]
+
+    def predictor_that_ran():
+        if source == "store":
+            preprocess.preprocess(tmp_path / "in", tmp_path / "store", workers=1, folds=0, progress=False)
+        predictor = TrueSegmentation()
+        assert not predict_into(tmp_path / "out", prediction.find_jobs(tmp_path / source)[0], predictor=predictor)
+        return predictor
+
+    assert predictor_that_ran().images_seen == 2
+    files = [tmp_path / "in" / name / f"{name}-t1c.nii.gz" for name in names]
+    os.utime(files[0], (1, 1))  # as a copy changes it
+    scan = nib.load(files[1])
+    nib.save(nib.Nifti1Image(np.asarray(scan.dataobj)[::-1], scan.affine, scan.header), files[1])
+    before = nib.load(tmp_path / "out" / f"{names[1]}.nii.gz").get_fdata()
+    assert predictor_that_ran().images_seen == 1
+    assert f"{names[1]}: its scans changed" in capsys.readouterr().err
+    assert (nib.load(tmp_path / "out" / f"{names[1]}.nii.gz").get_fdata() != before).any()
+    assert predictor_that_ran().images_seen == 0
+
+
 def test_case_with_channels_in_another_order_is_refused():
     record = {"channels": ["t2f", "t1n", "t1c", "t2w"], "normalization": {"name": "zscore_brain"}}
     with pytest.raises(ValueError, match="another order"):
@@ -188,7 +213,7 @@ def test_case_with_channels_in_another_order_is_refused():
 
 def test_predictions_of_two_models_or_options_are_not_mixed(tmp_path):
     record = {"models": ["sha256:1"], "options": {"flips": False, "patch_voxels": (16, 32, 16)}}
-    job = prediction.Job("BraTS-SSA-00001-000", lambda: None)
+    job = prediction.Job("BraTS-SSA-00001-000", lambda: None, {})
     prediction.begin(tmp_path, record, [job])
     label_map = tmp_path / "BraTS-SSA-00001-000.nii.gz"
     label_map.touch()
@@ -206,7 +231,7 @@ def test_predictions_of_two_models_or_options_are_not_mixed(tmp_path):
 
 def test_no_label_map_is_removed_before_all_may_be_replaced(tmp_path):
     record = {"models": ["sha256:1"], "options": {}}
-    jobs = [prediction.Job(f"BraTS-SSA-{number:05d}-000", lambda: None) for number in range(3)]
+    jobs = [prediction.Job(f"BraTS-SSA-{number:05d}-000", lambda: None, {}) for number in range(3)]
     files = [tmp_path / f"{job.case_id}.nii.gz" for job in jobs]
     for file in files:
         file.touch()
