@@ -43,6 +43,8 @@ _PATH_ERRORS = {
     errno.EPERM: "permission denied; give a path you may read and write, or change its permissions",
     errno.EROFS: "lies on a file system that cannot be written; give another path",
     errno.ENOSPC: "the disk is full; make room or give another path",
+    errno.EFBIG: "more was to be written than is allowed to one file here; raise the limit or give another path",
+    errno.EDQUOT: "your share of this disk is used up; make room or give another path",
     errno.ENAMETOOLONG: "is too long a name; give a shorter path",
 }
 
