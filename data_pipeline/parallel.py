@@ -64,7 +64,7 @@ def _run_pool(function: Callable, items: Sequence, workers: int, watched: Callab
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        with _ctrl_c_waits():
+        with ctrl_c_waits():
             futures = [pool.submit(function, item) for item in items]
             for future in futures:
                 future.add_done_callback(partial(_tell, ended))
@@ -106,7 +106,7 @@ def _as_done(ended: queue.SimpleQueue, count: int, title: str) -> Iterator[BaseE
 
 
 @contextmanager
-def _ctrl_c_waits() -> Iterator[None]:
+def ctrl_c_waits() -> Iterator[None]:
     """Ctrl-C acts when the block is done, and in this process alone: those that it starts inherit the mask.
 
     The mask alone would not do: another thread may get the signal, and Python then interrupts the main one, between

@@ -12,6 +12,7 @@ the time taken; what stays in a cache can bring it above 1. --peer takes a check
 """
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -30,7 +31,7 @@ Result = dict[str, Any]
 
 def step(options: argparse.Namespace) -> Result:
     """Forward, and forward + backward, of a network: time, FLOPs, bytes, memory; upstream's network with --peer."""
-    from benchmarks import ours, timing, upstream
+    from benchmarks import apart, ours, timing, upstream
 
     works = ours.step_works(network_of(options), options.batch, options.size)
     if options.peer:
@@ -39,17 +40,27 @@ def step(options: argparse.Namespace) -> Result:
             Path(options.peer), network_of(options), options.batch, options.size, layouts_of(options),
             options.peer_compile,
         )  # fmt: skip
-    return timing.result(timing.measure_apart(works, options.repeats, memory=not options.skip_memory), options.dtype)
+    return timing.result(apart.measure(works, options.repeats, memory=not options.skip_memory), options.dtype)
 
 
 def peft(options: argparse.Namespace) -> Result:
-    """Each fine-tuning method's compiled step beside full fine-tuning's: parameters, FLOPs, memory, time."""
-    from benchmarks import ours, timing
+    """Each fine-tuning method's training step beside full fine-tuning's, and beside upstream's network with --peer."""
+    from benchmarks import ours, timing, upstream
 
-    table, rows = ours.peft_rows(network_of(options), options.size, options.batch, options.repeats, options.methods)
+    arguments, peers = (network_of(options), options.size, options.batch), []
+    if options.peer:
+        upstream.check(Path(options.peer))
+        network, size, batch = arguments
+        peers = upstream.training_works(
+            Path(options.peer), network, batch, size, layouts_of(options), options.peer_compile
+        )
+    table, rows = ours.peft_rows(*arguments, options.repeats, options.methods, peers)
     found = timing.result(rows, options.dtype)
+    ours_, others = ([row for row in found["rows"] if timing.is_ours(row["name"]) == mine] for mine in (True, False))
+    found["ratio_to_peer"] = {f"{row['name']} against {other['name']}": timing.shares(row, other)
+                              for other in others for row in ours_}  # fmt: skip
     columns = ("name", "seconds", "fastest", "slowest", "gflop", "gbytes", "temporaries_gb", "floor_seconds")
-    measured = [{name: row[name] for name in columns} for row in found["rows"]]
+    measured = [{name: row[name] for name in columns if name in row} for row in found["rows"]]
     return found | {"table": f"{table}\n\n{timing.table(found | {'rows': measured})}"}
 
 
@@ -61,7 +72,7 @@ def depthwise(options: argparse.Namespace) -> Result:
     works = ours.depthwise_works(*arguments)
     if options.peer:
         upstream.check(Path(options.peer))
-        works += upstream.depthwise_works(*arguments)
+        works += upstream.depthwise_works(*arguments, layouts_of(options))
     return timing.result(timing.measure(works, options.repeats), options.dtype)
 
 
@@ -82,7 +93,7 @@ def data(options: argparse.Namespace) -> Result:
 
 def predict(options: argparse.Namespace) -> Result:
     """A whole volume by sliding window; MONAI's around upstream's network with --peer."""
-    from benchmarks import predict, timing, upstream
+    from benchmarks import apart, predict, timing, upstream
 
     arguments = (options.volume, options.size, options.overlap, options.windows_per_batch)
     works = [predict.work(network_of(options), *arguments)]
@@ -92,7 +103,7 @@ def predict(options: argparse.Namespace) -> Result:
         works += predict.peer_works(
             Path(options.peer), network_of(options), *arguments, layouts_of(options), options.peer_compile
         )
-    return timing.result(timing.measure_apart(works, options.repeats, memory=not options.skip_memory), options.dtype)
+    return timing.result(apart.measure(works, options.repeats, memory=not options.skip_memory), options.dtype)
 
 
 def compile(options: argparse.Namespace) -> Result:
@@ -105,7 +116,7 @@ def compile(options: argparse.Namespace) -> Result:
     config = pretrain.get_config()
     config.model.update(network_of(options))
     config.data.update(patch_voxels=(options.size,) * 3, batch_size=options.batch)
-    return timing.result(compiling.rows(workdir.plain(config), options.repeats))
+    return timing.result(compiling.rows(workdir.plain(config), options.repeats), options.dtype)
 
 
 def deviceless(options: argparse.Namespace) -> Result:
@@ -118,8 +129,9 @@ def deviceless(options: argparse.Namespace) -> Result:
 
 def network_of(options: argparse.Namespace) -> dict[str, Any]:
     """The network's part of the options."""
-    names = ("variant", "kernel_size", "deep_supervision", "dtype", "remat")
-    return {name: getattr(options, name) for name in names}
+    found = {name: getattr(options, name) for name in ("variant", "kernel_size", "dtype")}
+    trained = {"deep_supervision": False, "remat": "mlp"}  # no options where nothing is trained
+    return found | {name: getattr(options, name, default) for name, default in trained.items()}
 
 
 def layouts_of(options: argparse.Namespace) -> Sequence[str]:
@@ -129,26 +141,38 @@ def layouts_of(options: argparse.Namespace) -> Sequence[str]:
     return upstream.LAYOUTS if options.peer_layout == "both" else (options.peer_layout,)
 
 
-def three(text: str) -> tuple[int, ...]:
+def volume(text: str) -> tuple[int, ...]:
     """Reads ``240,240,155``."""
-    sizes = tuple(int(size) for size in text.split(","))
-    if len(sizes) != 3 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give three sizes, like 240,240,155")
+    sizes = tuple(int(size) if size.isdecimal() else 0 for size in text.split(","))
+    if len(sizes) != 3 or not all(1 <= size <= LARGEST for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text}: give three sizes from 1 to {LARGEST}, like 240,240,155")
     return sizes
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Reads a whole number that is not below ``least``."""
+def whole(least: int, most: int | None = None, multiple: int = 1) -> Callable[[str], int]:
+    """Reads a whole number from ``least`` to ``most``, a multiple of ``multiple``."""
 
     def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {least}")
+        if not text.isdecimal() or int(text) < least or (most and int(text) > most) or int(text) % multiple:
+            kind = "whole number" if multiple == 1 else f"multiple of {multiple}"
+            bounds = f"from {least} to {most}" if most else f"of at least {least}"
+            raise argparse.ArgumentTypeError(f"{text} is no {kind} {bounds}")
         return int(text)
 
     return read
 
 
-positive = at_least(1)
+def method_names(text: str) -> list[str]:
+    """Reads ``lora,conv_adapter:gamma=2``."""
+    names = [name for name in text.split(",") if name]
+    if not names:
+        raise argparse.ArgumentTypeError("names no method")
+    return names
+
+
+LARGEST = 1024  # size along an axis
+positive = whole(1)
+patch = whole(16, LARGEST, multiple=16)
 
 
 class OneLineParser(argparse_flags.ArgumentParser):
@@ -174,35 +198,42 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             added[run].add_argument(f"--{name}", help=text, **more)
 
     every, networks = tuple(added), (step, peft, data, predict, compile, deviceless)
-    peers = (step, depthwise, predict)
+    peers, trained = (step, peft, depthwise, predict), (step, peft, data, compile, deviceless)
     option("variant", networks, "Network.", choices=["S", "B", "M", "L"], default="S")
     option("kernel_size", networks, "Kernel size of the network.", type=int, choices=[3, 5], default=3)
-    option("deep_supervision", networks, "All five heads.", action="store_true")
-    option("remat", networks, "What the backward pass computes again.", choices=["none", "mlp", "block"], default="mlp")
+    option("deep_supervision", trained, "All five heads.", action="store_true")
+    option("remat", trained, "What the backward pass computes again.", choices=["none", "mlp", "block"], default="mlp")
     option("dtype", every, "Compute type.", choices=["float32", "bfloat16"], default="float32")
-    option("size", (step, peft, depthwise, compile, deviceless), "Edge of the cubic patch.", type=positive, default=64)
-    option("size", (data, predict), "Edge of the cubic crop or window.", type=positive, default=128)
+    option("size", (step, peft, compile, deviceless), "Edge of the cubic patch.", type=patch, default=64)
+    option("size", (depthwise,), "Edge of the cubic array.", type=whole(2, LARGEST), default=64)
+    option("size", (data,), "Edge of the cubic crop.", type=patch, default=128)
+    option("size", (predict,), "Edge of the cubic window.", type=patch, default=128)
     option("batch", (step, peft, depthwise, data, compile, deviceless), "Patches.", type=positive, default=1)
     option("channels", (depthwise,), "Channels.", type=positive, default=32)
     option("gpu", (deviceless,), "Its description, such as launch/benchmarks/h200.txtpb.", required=True)
     option("methods", (peft, deviceless),
            "Separated by commas, each a name or name:option=value (true, false, numbers, words). Without: all of them; "
-           "deviceless full alone.", type=lambda text: text.split(","), default=[])
+           "deviceless full alone.", type=method_names, default=[])
     option("store", (data,), "Store to read; else one of noise is written and removed again.", default="")
     option("threads", (data,), "Reading threads.", type=positive, default=2)
-    option("workers", (data,), "Reading processes, instead of threads.", type=at_least(0), default=0)
+    option("workers", (data,), "Reading processes, instead of threads.", type=whole(0), default=0)
     option("skip_step", (data,), "Leave the step's demand out.", action="store_true")
-    option("volume", (predict,), "Size of the volume.", type=three, default=(240, 240, 155))
+    option("volume", (predict,), "Size of the volume.", type=volume, default="240,240,155")
     option("overlap", (predict,), "Share of a window that its neighbour covers.", type=float, default=0.5)
     option("windows_per_batch", (predict,), "Windows computed at once.", type=positive, default=1)
     option("peer", peers, "Checkout of upstream MedNeXt to time beside ours.", default="")
-    option("peer_layout", (step, predict), "The peer's memory layout.", choices=["both", "default", "channels-last"],
+    option("peer_layout", peers, "The peer's memory layout.", choices=["both", "default", "channels-last"],
            default="both")
-    option("peer_compile", (step, predict), "Also time the peer under torch.compile.", action="store_true")
+    option("peer_compile", (step, peft, predict), "Also time the peer under torch.compile.", action="store_true")
     option("skip_memory", (step, predict), "Leave peak memory and its run out.", action="store_true")
     option("repeats", [run for run in every if run is not deviceless], "Timed runs of each.", type=positive, default=3)
     option("json", every, "Write the figures to this file too.", default="")
-    return parser.parse_args(argv[1:])
+    options, unknown = parser.parse_known_args(argv[1:])
+    if unknown:
+        own = added[options.run]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], own._option_string_actions, 1)
+        own.error(f"unknown option {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
+    return options
 
 
 def main(options: argparse.Namespace) -> None:
@@ -213,7 +244,14 @@ def main(options: argparse.Namespace) -> None:
         raise ValueError(f"--json={options.json}: there is no such folder; make it or give another path")
     if options.json and Path(options.json).is_dir():
         raise ValueError(f"--json={options.json} is a folder; give the path of a file")
-    found = options.run(options)
+    if options.json and not os.access(Path(options.json).absolute().parent, os.W_OK):
+        raise ValueError(f"--json={options.json}: this folder cannot be written; give another path")
+    try:
+        found = options.run(options)
+    except Exception as error:
+        if isinstance(error, MemoryError) or command.ran_out_of_memory(error):
+            raise ValueError("there is too little memory for this; take smaller sizes, or fewer at once") from error
+        raise
     from benchmarks import timing
 
     print(found["table"] if "table" in found else timing.table(found))

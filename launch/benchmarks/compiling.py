@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import timing
+from benchmarks import apart, timing
 from mednext_jax.train import devices, experiment, network
 from mednext_jax.train.step import compile_step
 
@@ -20,7 +20,7 @@ def rows(config: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as cache:
             for times in found.values():
-                times.append(timing.apart(seconds, config, cache))
+                times.append(apart.run(seconds, config, cache))
     return [timing.medians(f"train step {name}", times) for name, times in found.items()]
 
 

@@ -1,14 +1,14 @@
 """Our network's steps, depthwise operations and fine-tuning methods, as things to time."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import timing
+from benchmarks import apart, timing
 from benchmarks.timing import OURS, SEPARATOR, Facts, Work, compiled
 from mednext_jax import peft
 from mednext_jax.nn.depthwise import depthwise_conv, depthwise_conv_transpose
@@ -107,11 +107,14 @@ def _value(text: str) -> Any:
 
 
 def peft_rows(
-    network: Network, size: int, batch: int, repeats: int, names: list[str]
+    network: Network, size: int, batch: int, repeats: int, names: list[str], peers: Sequence[Work] = ()
 ) -> tuple[str, list[dict[str, Any]]]:
     """Parameters, file, FLOPs, memory and time of each method's compiled step: as Markdown, and as rows.
 
     Each row says its share of the first's, ``full``'s; its seconds are medians of steps that the methods do in turn.
+
+    Args:
+      peers: other libraries' training steps, whose rows come last; then each method has a process of its own, too.
     """
     texts = list(dict.fromkeys(["full", *(names or peft.METHODS)]))
     methods = [method_of(text) for text in texts]
@@ -121,14 +124,15 @@ def peft_rows(
     known = peft.costs(methods, model, (size,) * 3, batch)
     works = [Work(known_cost.method.replace("`", ""), _method, (network, batch, size, text))
              for known_cost, text in zip(known, texts, strict=True)]  # fmt: skip
-    timed = timing.measure(works, repeats)
+    timed = apart.measure([*works, *peers], repeats) if peers else timing.measure(works, repeats)
+    timed, others = timed[: len(works)], timed[len(works) :]
     costs = [replace(known_cost, temporary_bytes=round(1e9 * row["temporaries_gb"]), step_seconds=row["seconds"])
              for known_cost, row in zip(known, timed, strict=True)]  # fmt: skip
     rows = [asdict(cost) | row for cost, row in zip(costs, timed, strict=True)]
     for row in rows:
         shares = ("step_flops", "predict_flops", "temporary_bytes", "step_seconds", "gbytes")
         row["ratio_to_full"] = {name: row[name] / rows[0][name] for name in shares}
-    return peft.markdown(costs), rows
+    return peft.markdown(costs), rows + others
 
 
 def _method(network: Network, batch: int, size: int, text: str) -> tuple[Callable[[], Any], Facts]:

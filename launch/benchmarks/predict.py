@@ -8,10 +8,9 @@ import jax
 import numpy as np
 
 from benchmarks import ours, upstream
-from benchmarks.timing import OURS, SEPARATOR, Facts, Work
+from benchmarks.timing import OURS, SEPARATOR, Facts, Work, costs
 from mednext_jax.infer import windows
 from mednext_jax.infer.sliding_window import SlidingWindow
-from mednext_jax.peft.flops import flops
 
 
 def work(network: ours.Network, volume: Sequence[int], patch: int, overlap: float, windows_per_batch: int) -> Work:
@@ -42,7 +41,7 @@ def check() -> None:
 def _ours(
     network: ours.Network, volume: tuple[int, ...], patch: int, overlap: float, windows_per_batch: int
 ) -> tuple[Callable[[], Any], Facts]:
-    model = ours.model_of(network | {"deep_supervision": False})
+    model = ours.model_of(network)
     small = jax.ShapeDtypeStruct((1, 16, 16, 16, 4), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), small)["params"]
     random = np.random.default_rng(0)
@@ -54,9 +53,13 @@ def _ours(
     image = random.standard_normal((*volume, 4), np.float32)
     padded = tuple(max(size, patch) for size in volume)
     n_windows = len(windows.window_starts(padded, (patch,) * 3, overlap))
-    one = jax.ShapeDtypeStruct((1, *(patch,) * 3, 4), np.float32)
-    arithmetic = n_windows * flops(lambda params, x: model.apply({"params": params}, x), params, one)
-    return lambda: window.predict(params, image), {"windows": n_windows, "gflop": arithmetic / 1e9}
+    # The network alone, for one batch of windows; what is cut out and added up is little beside it.
+    batch = jax.ShapeDtypeStruct((windows_per_batch, *(patch,) * 3, 4), np.float32)
+    of_batch = costs(jax.jit(window.apply).lower(params, batch).compile(), window.apply, (params, batch))
+    n_batches = -(-n_windows // windows_per_batch)
+    facts = {"windows": n_windows, "gflop": n_windows / windows_per_batch * of_batch["gflop"],
+             "gbytes": n_batches * of_batch["gbytes"]}  # fmt: skip
+    return lambda: window.predict(params, image), facts
 
 
 def _monai(
@@ -66,7 +69,7 @@ def _monai(
     import torch
     from monai.inferers import sliding_window_inference
 
-    model, device = upstream.model_on_device(checkout, network | {"deep_supervision": False}, last)
+    model, device = upstream.model_on_device(checkout, network, last)
     net = torch.compile(model.eval()) if compiled else model.eval()
     image = torch.randn(1, 4, *volume)
     low = network["dtype"] == "bfloat16"

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ours import KERNEL_SIZE, N_CLASSES, PASSES, Network
+from benchmarks.ours import KERNEL_SIZE, N_CLASSES, OPERATIONS, PASSES, Network
 from benchmarks.timing import SEPARATOR, Facts, Work
 from mednext_jax.nn.mednext import VARIANTS
 
 LAYOUTS = ("default", "channels-last")  # in memory
+STEPS = ("forward", "forward+backward")
 
 
 def variants(layouts: Sequence[str], with_compile: bool) -> list[tuple[str, bool, bool]]:
@@ -37,10 +38,24 @@ def step_works(
     checkout: Path, network: Network, batch: int, size: int, layouts: Sequence[str], with_compile: bool
 ) -> list[Work]:
     """Forward and forward + backward of upstream's network, same shapes and compute type as ours."""
+    return _steps(checkout, network, batch, size, layouts, with_compile, STEPS)
+
+
+def training_works(
+    checkout: Path, network: Network, batch: int, size: int, layouts: Sequence[str], with_compile: bool
+) -> list[Work]:
+    """A training step of upstream's network, forward, backward and AdamW, as ``full`` is of ours."""
+    return _steps(checkout, network, batch, size, layouts, with_compile, ("full",))
+
+
+def _steps(
+    checkout: Path, network: Network, batch: int, size: int, layouts: Sequence[str], with_compile: bool,
+    whats: Sequence[str],
+) -> list[Work]:  # fmt: skip
     return [
         Work(f"{what}{SEPARATOR}{name}", _step, (str(checkout), network, batch, size, what, last, compiled))
         for name, last, compiled in variants(layouts, with_compile)
-        for what in ("forward", "forward+backward")
+        for what in whats
     ]
 
 
@@ -66,29 +81,34 @@ def _step(
             outputs = outputs if isinstance(outputs, list | tuple) else [outputs]
             loss = sum(y.float().square().mean() for y in outputs)
         loss.backward()
+        if what == "full":
+            optimizer.step()
         wait(device)
 
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     return (forward if what == "forward" else backward), {}
 
 
-def depthwise_works(batch: int, size: int, channels: int, dtype: str) -> list[Work]:
-    """PyTorch's own grouped convolutions on the same shapes, channels last."""
+def depthwise_works(batch: int, size: int, channels: int, dtype: str, layouts: Sequence[str]) -> list[Work]:
+    """PyTorch's own grouped convolutions on the same shapes."""
     return [
-        Work(f"{operation} {p}{SEPARATOR}torch channels-last", _depthwise, (batch, size, channels, dtype, operation, p))
-        for operation in ("stride 1", "stride 2", "transpose")
+        Work(f"{operation} {p}{SEPARATOR}{name}", _depthwise, (batch, size, channels, dtype, operation, p, last))
+        for name, last, _ in variants(layouts, False)
+        for operation in OPERATIONS
         for p in PASSES
     ]
 
 
 def _depthwise(
-    batch: int, size: int, channels: int, dtype: str, operation: str, which: str
+    batch: int, size: int, channels: int, dtype: str, operation: str, which: str, last: bool
 ) -> tuple[Callable[[], Any], Facts]:
     import torch
 
     device = device_name()
+    try_all_ways()
     kind = getattr(torch, dtype)
     edge = size // 2 if operation == "transpose" else size
-    x = laid_out(torch.randn(batch, channels, edge, edge, edge, dtype=kind, device=device), True)
+    x = laid_out(torch.randn(batch, channels, edge, edge, edge, dtype=kind, device=device), last)
     w = torch.randn(channels, 1, *(KERNEL_SIZE,) * 3, dtype=kind, device=device)
     options = {"stride": 1 if operation == "stride 1" else 2, "padding": KERNEL_SIZE // 2, "groups": channels}
     functional = torch.nn.functional
@@ -119,6 +139,13 @@ def device_name() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def try_all_ways() -> None:
+    """Has the library take the fastest of its ways on a GPU, by timing them, as nnU-Net's trainer does."""
+    import torch
+
+    torch.backends.cudnn.benchmark = True
+
+
 def wait(device: str) -> None:
     """Until the device has done what it was given."""
     if device == "cuda":
@@ -137,8 +164,6 @@ def laid_out(array: Any, last: bool) -> Any:
 def model_on_device(checkout: str, network: Network, last: bool) -> tuple[Any, str]:
     """Upstream's network and the device that it is on."""
     check(Path(checkout))
-    import torch
-
     package = Path(checkout) / "nnunet_mednext"
     # The top package imports all of nnU-Net; a bare stand-in with its path lets the two files be imported alone.
     for name, path in (("nnunet_mednext", package),
@@ -156,5 +181,5 @@ def model_on_device(checkout: str, network: Network, last: bool) -> tuple[Any, s
         do_res_up_down=True, deep_supervision=network["deep_supervision"], **shape,
     )  # fmt: skip
     device = device_name()
-    torch.backends.cudnn.benchmark = True  # as nnU-Net's trainer sets it: the fastest of the library's ways, by timing
+    try_all_ways()
     return laid_out(model.to(device), last), device

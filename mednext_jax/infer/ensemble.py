@@ -16,7 +16,7 @@ import numpy as np
 from mednext_jax import modeldir
 from mednext_jax.infer.sliding_window import SlidingWindow
 
-ACTIVATIONS = {"regions": "sigmoid", "labels": "softmax"}
+ACTIVATION_OF = {"regions": "sigmoid", "labels": "softmax"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Ensemble:
                 lambda params, x: network.apply({"params": params}, x),
                 patch,
                 self.info.n_outputs,
-                activation=ACTIVATIONS[self.info.output],
+                activation=ACTIVATION_OF[self.info.output],
                 **self._window_options,
             )
         return self._windows[key]

@@ -95,7 +95,7 @@ def export_model(
     serialized = bytes(program.serialize())
     description = {
         "format": FORMAT, "format_version": FORMAT_VERSION, "patch_voxels": patch, "dtype": dtype,
-        "activation": ensemble.ACTIVATIONS[member.info.output], "platforms": list(program.platforms),
+        "activation": ensemble.ACTIVATION_OF[member.info.output], "platforms": list(program.platforms),
         "program_hash": _hash(serialized), "params_hash": modeldir.params_hash(flat),
         "source": member.source, "model": dataclasses.asdict(member.info),
         "versions": {"jax": jax.__version__, "calling_convention": program.calling_convention_version},
@@ -111,7 +111,7 @@ def window_program(
     member: ensemble.Member, patch_voxels: Sequence[int], flat: dict[str, Any], platforms: Sequence[str]
 ) -> export.Exported:
     """``(flat parameters, windows (B, d, h, w, C)) -> probabilities (B, d, h, w, K)`` for a symbolic B."""
-    activation = ACTIVATIONS[ensemble.ACTIVATIONS[member.info.output]]
+    activation = ACTIVATIONS[ensemble.ACTIVATION_OF[member.info.output]]
 
     def probabilities(params: dict[str, jax.Array], windows: jax.Array) -> jax.Array:
         # One window at a time under vmap: the network plans its memory by the batch size, which is not known here.

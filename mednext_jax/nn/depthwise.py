@@ -13,6 +13,9 @@ bfloat16 done by a kernel of mednext_jax/nn/gpu:
 
 Layout: x is ``(B, *spatial, C)``, kernel is ``(*k, 1, C)`` as in ``flax.linen.Conv``; two or three spatial axes,
 every kernel size odd. Accumulation is in float32 at least.
+
+A batch over several devices: by ``jax.jit``, with a mesh whose axes are Auto, or by ``jax.shard_map(...,
+check_vma=False)`` and ``jax.pmap``. Gradients on a CPU know neither Explicit axes nor ``check_vma``.
 """
 
 import dataclasses
@@ -30,7 +33,15 @@ from mednext_jax.nn.gpu import depthwise as gpu_depthwise
 from mednext_jax.nn.gpu import tap_sums as gpu_tap_sums
 from mednext_jax.nn.slabs import not_before
 from mednext_jax.nn.tap_sums import tap_sums
-from mednext_jax.nn.windows import accumulator, every_tap, margins, missing_rows, padded, window
+from mednext_jax.nn.windows import (
+    accumulator,
+    every_tap,
+    margins,
+    missing_rows,
+    padded,
+    reach_of_transposed,
+    window,
+)
 
 STRIDES = (1, 2)
 MODES = ("same", "down", "up")  # what the operation does to each size: n, ceil(n / 2), 2n - 1
@@ -207,38 +218,39 @@ def _mirrored(taps: Array) -> Array:
     return jnp.flip(taps, tuple(range(taps.ndim - 1)))
 
 
-def _sum_of_shifts(padded: Array, taps: Array, out: tuple[int, ...], stride: int) -> Array:
+def _sum_of_shifts(x: Array, taps: Array, out: tuple[int, ...], stride: int) -> Array:
     """The convolution of a padded array: one shifted product per tap, all in one fused pass."""
-    dtype = accumulator(padded, taps)
+    dtype = accumulator(x, taps)
     dims, channels = taps.ndim - 1, taps.shape[-1]
     # One split for all taps, and no ``jnp``: each of its operators is a function that JAX traces anew for every tap.
     one_each = jax.lax.split(taps.astype(dtype).reshape(-1, *(1,) * dims, channels), (1,) * (taps.size // channels))
-    shape = (padded.shape[0], *out, channels)
+    shape = (x.shape[0], *out, channels)
     weights = (jax.lax.broadcast_in_dim(weight, shape, range(dims + 2)) for weight in one_each)
-    seen = (window(padded, tap, out, stride).astype(dtype) for tap in every_tap(taps.shape[:-1]))
+    seen = (window(x, tap, out, stride).astype(dtype) for tap in every_tap(taps.shape[:-1]))
     total = functools.reduce(jax.lax.add, map(jax.lax.mul, seen, weights))
-    return total.astype(padded.dtype)
+    return total.astype(x.dtype)
 
 
-def _interleaved_phases(padded: Array, taps: Array, counts: Sequence[int], sizes: Sequence[int]) -> Array:
-    """The transposed stride-2 convolution of an array of spatial sizes ``counts``, cut to ``sizes`` (2n - 1 or 2n).
+def _interleaved_phases(x: Array, taps: Array, counts: Sequence[int], sizes: Sequence[int]) -> Array:
+    """The transposed stride-2 convolution of a padded array, whose spatial sizes were ``counts``, cut to ``sizes``
+    (2n - 1 or 2n).
 
     Along one axis, output ``2 j + r`` is the sum over a of ``x[j + a] * taps[r + p - 2 a]`` with p = k // 2. Written
     with the two r as an axis of their own, that is an ordinary sum of few shifts whose result already lies
     interleaved: no zeros between the inputs, and no pass that puts the phases in place.
     """
     dims = len(sizes)
-    reach = [range(-(k // 4), (k // 2 + 1) // 2 + 1) for k in taps.shape[:-1]]
-    dtype = accumulator(padded, taps)
+    reach = [reach_of_transposed(k) for k in taps.shape[:-1]]
+    dtype = accumulator(x, taps)
     by_parity = _taps_by_parity(taps.astype(dtype), reach)  # (a..., r..., C)
     total = jnp.zeros((), dtype)
     for step in every_tap([len(steps) for steps in reach]):
         start = [k // 2 + steps[a] for k, steps, a in zip(taps.shape, reach, step, strict=False)]
-        seen = jnp.expand_dims(window(padded, start, counts, 1).astype(dtype), [2 + 2 * d for d in range(dims)])
+        seen = jnp.expand_dims(window(x, start, counts, 1).astype(dtype), [2 + 2 * d for d in range(dims)])
         kernel = by_parity[step].reshape(*(size for _ in range(dims) for size in (1, 2)), -1)
         total = total + seen * kernel  # (B, n0, 2, n1, 2, ..., C)
-    batch, channels = padded.shape[0], padded.shape[-1]
-    full = total.astype(padded.dtype).reshape(batch, *(2 * n for n in counts), channels)
+    batch, channels = x.shape[0], x.shape[-1]
+    full = total.astype(x.dtype).reshape(batch, *(2 * n for n in counts), channels)
     return jax.lax.slice(full, (0,) * full.ndim, (batch, *sizes, channels))
 
 

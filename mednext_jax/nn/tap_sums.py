@@ -1,6 +1,7 @@
 """The kernel gradient of the depthwise operations: one sum over batch and space for every kernel tap."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -68,7 +69,7 @@ def _tap_sums_by_rows(x: Array, g: Array, sizes: Sequence[int], out: Sequence[in
     pieces = -(-height // n_rows)
     apart = 1  # along a row, from one voxel to the next
     if stride == 1:
-        x, g = (a.reshape(*a.shape[:3], -1) for a in (x, g))
+        x, g = (a.reshape(*a.shape[:3], math.prod(a.shape[3:])) for a in (x, g))
         apart, width = channels, width * channels
     zero = jnp.uint32(0)
     rest = (zero,) * (x.ndim - 4)

@@ -75,7 +75,7 @@ def add_convolved_voxelwise(
 ) -> Array:  # fmt: skip
     """``onto + f(norm(depthwise(x)), weights)``: what :func:`add_voxelwise` gives for the convolution's result.
 
-    Shapes: x (B, *n, C); kernel (*k, 1, C), bias (C,) or None; onto and the result (B, *out, width), out by the mode.
+    Shapes: x (B, *n, C); kernel (*k, 1, C), bias (C,) or None; onto and the result (B, *m, out), m by the mode.
 
     Raises:
       ValueError: for a kernel that does not fit ``x`` or has an even size.

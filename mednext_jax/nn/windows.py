@@ -48,6 +48,12 @@ def window(padded: Array, start: Sequence[int], sizes: Sequence[int], stride: in
     )
 
 
+def reach_of_transposed(k: int) -> range:
+    """The a for which ``x[j + a]`` is part of outputs ``2 j`` or ``2 j + 1`` of the transposed operation, along one
+    axis of ``k`` taps."""
+    return range(-(k // 4), (k // 2 + 1) // 2 + 1)
+
+
 def every_tap(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """The index of every tap of a kernel of these spatial sizes, last axis fastest."""
     return itertools.product(*(range(k) for k in sizes))

@@ -31,7 +31,7 @@ class Cost:
       predict_flops: operations of one forward pass.
       temporary_bytes: memory that the compiled step needs beside parameters and optimizer state; None if not
         compiled.
-      step_seconds: the fastest of the timed steps; None if not run.
+      step_seconds: of one step (:func:`costs` takes the fastest of those it times); None if not run.
     """
 
     method: str

@@ -17,7 +17,7 @@ def test_ctrl_c_while_processes_start_acts_when_they_have_started():
 
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     try:
-        with pytest.raises(KeyboardInterrupt), parallel._ctrl_c_waits():
+        with pytest.raises(KeyboardInterrupt), parallel.ctrl_c_waits():
             go.set()
             until = time.monotonic() + 0.5
             while time.monotonic() < until:

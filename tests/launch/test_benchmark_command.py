@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
-from benchmarks import compiling, data, ours, timing, traffic  # noqa: E402
+from benchmarks import apart, compiling, data, ours, timing, traffic  # noqa: E402
 
 from configs import pretrain  # noqa: E402
 from mednext_jax.nn.mednext import MedNeXt  # noqa: E402
@@ -128,7 +128,7 @@ def failing(when):
 def test_works_that_are_timed_apart_take_turns_in_processes_of_their_own(tmp_path):
     notes = tmp_path / "notes"
     works = [timing.Work(f"step: {who}", noting, (str(notes),)) for who in ("ours", "torch")]
-    rows = timing.measure_apart(works, 3)
+    rows = apart.measure(works, 3)
     first, second, *turns = notes.read_text().split()
     assert turns == [first, second] * 3 and len({first, second, str(os.getpid())}) == 3
     assert [row["name"] for row in rows] == ["step: ours", "step: torch"]
@@ -138,7 +138,7 @@ def test_works_that_are_timed_apart_take_turns_in_processes_of_their_own(tmp_pat
 @pytest.mark.parametrize("when", [1, 2])  # to warm up, or in its turn
 def test_a_peer_that_fails_is_named_and_the_others_are_timed(when, capsys):
     works = [timing.Work("step: ours", sleeping, (1.0,)), timing.Work("step: torch", failing, (when,))]
-    mine, peers = timing.measure_apart(works, 2)
+    mine, peers = apart.measure(works, 2)
     assert mine["seconds"] > 0 and peers == {"name": "step: torch", "failed": "MemoryError: no room for it"}
     found = timing.result([mine, peers])
     assert (found["rows"], found["failed"]) == ([mine], {"step: torch": "MemoryError: no room for it"})
@@ -148,13 +148,13 @@ def test_a_peer_that_fails_is_named_and_the_others_are_timed(when, capsys):
 
 def test_what_is_wrong_with_our_own_work_ends_the_measurement():
     with pytest.raises(MemoryError, match="no room"):
-        timing.measure_apart([timing.Work("step: ours", failing, (1,))], 1)
+        apart.measure([timing.Work("step: ours", failing, (1,))], 1)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of one run are known on Linux alone")
 def test_peak_memory_is_that_of_one_run():
     works = [timing.Work(f"array: {size}", allocating, (size,)) for size in (1, 400)]
-    small, large = (row["peak_memory_gb"] for row in timing.measure_apart(works, 1, memory=True))
+    small, large = (row["peak_memory_gb"] for row in apart.measure(works, 1, memory=True))
     assert 0.35 * 2**30 < 1e9 * (large - small) < 0.45 * 2**30
 
 
@@ -244,6 +244,8 @@ def test_prediction_of_a_volume_is_timed_beside_what_its_arithmetic_takes(tmp_pa
     assert row["name"] == "volume: ours" and row["windows"] == 4
     convolutions = 4 * 31.3 / 64  # GFLOP of four windows of 16^3, about; 31.3 at 64^3
     assert row["gflop"] == pytest.approx(convolutions, rel=0.1)
+    largest = 4 * 16**3 * 32 * 4  # bytes of one array at full resolution, of all windows
+    assert 10 * largest < 1e9 * row["gbytes"] < 1000 * largest
 
 
 def test_help_tells_what_each_command_does():
@@ -262,12 +264,19 @@ NO_PEER = "--peer=nowhere is no checkout of MIC-DKFZ/MedNeXt" if find_spec("torc
     [
         ((), "error: the following arguments are required: COMMAND; see benchmark.py --help"),
         (("speed",), "invalid choice: 'speed'"),
-        (("step", "--volume=1,2,3"), "unrecognized arguments: --volume=1,2,3"),
-        (("step", "--size=0"), "0 is no whole number of at least 1"),
-        (("predict", "--volume=240"), "give three sizes, like 240,240,155"),
+        (("step", "--volume=1,2,3"), "unknown option --volume=1,2,3; see benchmark.py step --help"),
+        (("step", "--siez=16"), "unknown option --siez=16, did you mean --size?"),
+        (("step", "--size=17"), "17 is no multiple of 16 from 16 to 1024"),
+        (("depthwise", "--size=100000"), "100000 is no whole number from 2 to 1024"),
+        (("depthwise", "--size=1024", "--channels=4096"), "too little memory for this; take smaller sizes"),
+        (("step", "--repeats=0"), "0 is no whole number of at least 1"),
+        (("predict", "--volume=240"), "give three sizes from 1 to 1024, like 240,240,155"),
+        (("predict", "--volume=a,b,c"), "a,b,c: give three sizes"),
+        (("peft", "--methods=,"), "names no method"),
         (("step", "--peer=nowhere"), NO_PEER),
         (("depthwise", "--peer=nowhere"), NO_PEER),
         (("predict", "--peer=nowhere"), NO_PEER),
+        (("peft", "--peer=nowhere"), NO_PEER),
         (("data", "--store=nowhere"), "nowhere: the store is not there"),
         (("data", "--workers=-1"), "-1 is no whole number of at least 0"),
         (("depthwise", "--json=nowhere/it.json"), "--json=nowhere/it.json: there is no such folder"),

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 import benchmark  # noqa: E402
-from benchmarks import data, upstream  # noqa: E402
+from benchmarks import data, ours, predict, upstream  # noqa: E402
 
 WAYS = {  # of the peer, by --peer_layout: its name, whether channels come last
     "both": [("torch", False), ("torch channels-last", True)],
@@ -74,7 +75,7 @@ def test_without_layout_or_compilation_the_peer_is_timed_in_both_layouts_eager()
 def test_step_times_the_peer_beside_ours_only_where_a_checkout_is_named(monkeypatch):
     timed = []
     monkeypatch.setattr(upstream, "check", lambda checkout: None)
-    monkeypatch.setattr("benchmarks.timing.measure_apart", lambda works, *_, **__: timed.append(works) or [])
+    monkeypatch.setattr("benchmarks.apart.measure", lambda works, *_, **__: timed.append(works) or [])
     monkeypatch.setattr("benchmarks.timing.result", lambda rows, *_: SimpleNamespace(rows=rows))
     for more in ([], ["--peer=there", "--peer_layout=default", "--peer_compile"]):
         benchmark.step(benchmark.parse(["benchmark.py", "step", "--size=32", "--batch=3", *more]))
@@ -85,3 +86,101 @@ def test_step_times_the_peer_beside_ours_only_where_a_checkout_is_named(monkeypa
     whose = ("torch", "torch", "torch compiled", "torch compiled")
     for (name, arguments), who in zip(beside[2:], whose, strict=True):
         assert name.endswith(f": {who}") and arguments[0] == "there" and arguments[2:4] == (3, 32)
+
+
+UPSTREAM = """
+import torch
+
+class MedNeXt(torch.nn.Module):
+    def __init__(self, in_channels, n_classes, **sizes):
+        super().__init__()
+        self.conv = torch.nn.Conv3d(in_channels, n_classes, 3, padding=1)
+        MedNeXt.made = self, sizes
+
+    def forward(self, x):
+        return self.conv(x)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout whose network is one convolution, and what it was made with after a run."""
+    folder = tmp_path / "nnunet_mednext" / "network_architecture" / "mednextv1"
+    folder.mkdir(parents=True)
+    (folder / "MedNextV1.py").write_text(UPSTREAM)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("nnunet_mednext")]:
+        del sys.modules[name]
+
+
+def made():
+    return sys.modules["nnunet_mednext.network_architecture.mednextv1.MedNextV1"].MedNeXt.made
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("what", ["forward", "forward+backward", "full"])
+def test_the_peers_pass_does_what_its_name_says(checkout, what, dtype):
+    torch = pytest.importorskip("torch")
+    network = ours.Network(variant="B", kernel_size=5, deep_supervision=False, dtype=dtype, remat="mlp")
+    run, _ = upstream._step(str(checkout), network, 2, 8, what, True, False)
+    model, sizes = made()
+    assert (sizes["kernel_size"], sizes["deep_supervision"], sizes["exp_r"][0]) == (5, False, 2)
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    before = model.conv.weight.detach().clone()
+    run()
+    assert (model.conv.weight.grad is not None) == (what != "forward")
+    assert torch.equal(model.conv.weight, before) == (what != "full")
+    assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("operation", ours.OPERATIONS)
+def test_the_peers_depthwise_operations_are_ours(operation, monkeypatch):
+    torch = pytest.importorskip("torch")
+    torch.backends.cudnn.benchmark = False
+    seen = {}
+    for name in ("conv3d", "conv_transpose3d"):
+        original = getattr(torch.nn.functional, name)
+
+        def noting(x, w, *, original=original, **options):
+            seen["y"] = original(x, w, **options)
+            seen["x"], seen["w"] = x, w
+            return seen["y"]
+
+        monkeypatch.setattr(torch.nn.functional, name, noting)
+    run, _ = upstream._depthwise(2, 6, 3, "float32", operation, "forward", True)
+    run()
+    assert torch.backends.cudnn.benchmark
+    assert seen["x"].is_contiguous(memory_format=torch.channels_last_3d)
+    x = seen["x"].permute(0, 2, 3, 4, 1).numpy()
+    w = seen["w"].permute(2, 3, 4, 1, 0).numpy()  # (C, 1, k...) -> (k..., 1, C)
+    y = np.asarray(ours.OPERATIONS[operation](x, w))
+    np.testing.assert_allclose(y, seen["y"].permute(0, 2, 3, 4, 1).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_monais_sliding_window_sees_all_of_the_volume(checkout):
+    pytest.importorskip("torch")
+    pytest.importorskip("monai")
+    network = ours.Network(variant="S", kernel_size=3, deep_supervision=False, dtype="float32", remat="mlp")
+    run, _ = predict._monai(str(checkout), network, (12, 10, 8), 8, 0.5, 2, False, False)
+    made()[0].conv.weight.data.zero_()
+    made()[0].conv.bias.data.fill_(2.5)
+    logits = run()
+    assert logits.shape == (1, ours.N_CLASSES, 12, 10, 8)
+    np.testing.assert_allclose(logits, 2.5, rtol=1e-5)
+
+
+def test_methods_are_compared_with_the_peers_full_training_step(monkeypatch):
+    monkeypatch.setattr(upstream, "check", lambda checkout: None)
+
+    def rows_of(network, size, batch, repeats, names, peers):
+        assert [(peer.name, peer.arguments[2:5]) for peer in peers] == [("full: torch", (3, 32, "full"))]
+        rows = [{"name": name, "seconds": seconds} for name, seconds in (("full", 4.0), ("head", 1.0))]
+        return "table", [*rows, {"name": "full: torch", "seconds": 8.0}]
+
+    monkeypatch.setattr(ours, "peft_rows", rows_of)
+    monkeypatch.setattr("benchmarks.timing.ceilings", lambda dtype: {
+        "copy_gb_per_s": 1.0, "matmul_gflop_per_s": 1.0, "dtype": dtype})  # fmt: skip
+    options = ["--size=32", "--batch=3", "--methods=head", "--peer=there", "--peer_layout=default"]
+    found = benchmark.peft(benchmark.parse(["benchmark.py", "peft", *options]))
+    assert found["ratio_to_peer"] == {
+        "full against full: torch": {"seconds": 0.5}, "head against full: torch": {"seconds": 0.125}}  # fmt: skip

@@ -1,4 +1,9 @@
-"""The kernels for GPUs, interpreted on a CPU: what XLA computes in float32, within bfloat16's rounding."""
+"""The kernels for GPUs: what XLA computes in float32, within bfloat16's rounding.
+
+Interpreted on a CPU. On a machine with a card they run themselves:
+
+    JAX_PLATFORMS=cuda python -m pytest tests/nn/test_gpu_kernels.py
+"""
 
 from contextlib import nullcontext
 
@@ -18,7 +23,7 @@ ROUNDING = 2**-8  # of one bfloat16 number, relative
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(triton, "interpreted", True)
+    monkeypatch.setattr(triton, "interpreted", jax.default_backend() != "gpu")
 
 
 def noise(*shape, dtype=jnp.bfloat16, seed=0):
@@ -217,6 +222,10 @@ def test_what_kernels_cannot_do_is_done_by_xla(as_on_a_gpu):
     assert float((second * kernel).sum()) == pytest.approx(2 * float(size(kernel)), rel=0.02)
 
 
+several_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices, which a CPU always has")
+
+
+@several_devices
 @pytest.mark.parametrize("in_context", [True, False])
 def test_a_batch_on_four_devices_stays_where_it_is(in_context):
     x, taps = noise(4, 5, 6, 16, 32), noise(3, 3, 3, 32, dtype=jnp.float32)
@@ -240,3 +249,48 @@ def test_a_batch_on_four_devices_stays_where_it_is(in_context):
     found = program(jax.device_put(x, split), jax.device_put(taps, whole))
     for part, alone in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(work)(x, taps)), strict=True):
         assert_close(part, alone, 1e-5)
+
+
+@several_devices
+@pytest.mark.parametrize("mapped", [
+    lambda f: jax.shard_map(f, mesh=jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)),
+                            in_specs=(PartitionSpec("data"), PartitionSpec()), out_specs=PartitionSpec("data"),
+                            check_vma=False),
+    lambda f: lambda x, taps: jax.pmap(f, in_axes=(0, None))(x[:, None], taps)[:, 0],
+], ids=["shard_map", "pmap"])  # fmt: skip
+def test_within_a_map_over_devices_each_runs_the_kernel_on_what_it_has(mapped):
+    x, taps = noise(2, 3, 4, 16, 32), noise(3, 3, 3, 32, dtype=jnp.float32)
+
+    def work(x, taps):
+        return gpu_depthwise.convolve("same", x, taps, None, x.shape[1:-1], None)
+
+    assert_close(mapped(work)(x, taps), work(x, taps), 0)
+
+
+def kernel_calls():
+    """name -> (function, operands) that runs each kernel."""
+    x, onto, taps = noise(2, 4, 6, 32, 32), noise(2, 4, 6, 32, 32, seed=1), noise(3, 3, 3, 32, dtype=jnp.float32)
+    half = noise(2, 2, 3, 16, 32)
+    y, g, norm, matrices = operands(*MLPS[0])
+    calls = {
+        "same": (lambda x, taps: gpu_depthwise.convolve("same", x, taps, None, x.shape[1:-1], None, onto), (x, taps)),
+        "down": (lambda x, taps: gpu_depthwise.convolve("down", x, taps, None, (2, 3, 16), None), (x, taps)),
+        "up": (lambda x, taps: gpu_depthwise.convolve("up", x, taps, None, (4, 6, 32), None), (half, taps)),
+        "kernel gradient": (lambda x, taps: tap_sums.tap_sums(x, onto, taps, 1, None), (x, taps)),
+        "its stride 2": (lambda x, taps: tap_sums.tap_sums(x, half, taps, 2, None), (x, taps)),
+        "statistics": (statistics.mean_and_squares, (x,)),
+        "second half": (lambda y, g: mlp.forward(y, g, norm, matrices), (y, g)),
+    }
+    for wants in ((True, True), (True, False), (False, True)):
+        calls[f"its gradients {wants}"] = (
+            lambda y, g, wants=wants: jax.tree.leaves(mlp.gradients(y, g, norm, matrices, *wants)), (y, g)
+        )  # fmt: skip
+    return calls
+
+
+@pytest.mark.parametrize("name", kernel_calls())
+def test_every_kernel_is_lowered_for_a_card_as_it_stands(name, monkeypatch):
+    monkeypatch.setattr(triton, "interpreted", False)
+    function, arguments = kernel_calls()[name]
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__gpu$xla.gpu.triton" in lowered or "triton_kernel_call" in lowered

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mednext_jax.nn.gpu import triton
+from mednext_jax.nn.windows import reach_of_transposed
 
 ROW, CHANNELS = 64, 32  # voxels and channels of a block
 PLANES = 16  # that one program walks through
@@ -58,7 +59,8 @@ def convolve(
     many = triton.block(channels, CHANNELS)
 
     def fast(x: Array, taps: Array, bias: Array, *onto: Array) -> list[Array]:
-        kernel, programs, row = _KERNELS[mode](x.shape[1:], taps.shape[:-1], sizes, bool(onto))
+        also = (bool(onto),) if mode == "same" else ()
+        kernel, programs, row = _KERNELS[mode](x.shape[1:], taps.shape[:-1], sizes, *also)
         result = jax.ShapeDtypeStruct((x.shape[0], *sizes, channels), x.dtype)
         grid = (x.shape[0] * programs[0], programs[1], channels // many)
         smaller = x.size if mode == "up" else result.size
@@ -145,7 +147,7 @@ def _same(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...], h
 
 
 @triton.kept
-def _down(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...], has_onto: bool):
+def _down(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...]):
     """Kernel, programs and row: a program makes one row."""
     depth, height, width, channels = sizes
     kz, ky, kx = taps
@@ -180,14 +182,14 @@ def _down(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...], h
 
 
 @triton.kept
-def _up(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...], has_onto: bool):
+def _up(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...]):
     """Kernel, programs and row: a program makes what is at twice its row's places, and one further on every axis.
 
     Output ``2 j + r`` is the sum over a of ``x[j + a] * taps[r + k // 2 - 2 a]``.
     """
     depth, height, width, channels = sizes
     row, many = triton.block(width, ROW // 2), triton.block(channels, CHANNELS)
-    reach = [range(-(k // 4), (k // 2 + 1) // 2 + 1) for k in taps]
+    reach = [reach_of_transposed(k) for k in taps]
     parities = list(itertools.product(*((0, 1) if n > 1 else (0,) for n in out)))
 
     def depthwise_up(x_ref, taps_ref, bias_ref, y_ref):

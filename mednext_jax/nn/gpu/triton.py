@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 try:
     from jax.experimental.pallas import triton
@@ -134,7 +134,8 @@ def with_reference(fast: Callable, reference: Callable, split: Sequence[bool], n
 
     def once(*arguments: Array) -> tuple[Array, ...]:
         mesh = jax.sharding.get_abstract_mesh()
-        if jax.device_count() == 1 or (not mesh.empty and mesh.size == 1):
+        within_map = not mesh.empty and set(mesh.axis_types) == {AxisType.Manual}  # shard_map, pmap: divided already
+        if jax.device_count() == 1 or (not mesh.empty and mesh.size == 1) or within_map:
             return tuple(fast(*arguments))
         if not mesh.empty and len(mesh.axis_names) == 1:
             (axis,) = mesh.axis_names
