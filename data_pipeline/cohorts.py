@@ -123,7 +123,8 @@ def survey(folder: str | Path) -> tuple[list[Case], list[Problem]]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{shown(folder)}: no such folder")
+        what = "is a file; give the folder that holds the cases" if folder.exists() else "no such folder"
+        raise FileNotFoundError(f"{shown(folder)}: {what}")
     problems: list[Problem] = []
     found: dict[str, _Found] = {}
     for path in _nifti_files(folder, problems):

@@ -67,7 +67,9 @@ def detect_scheme(
             (_LIKELY[naming, v] for v in unknown if (naming, v) in _LIKELY), ("", "VALUE:LABEL")
         )
         what = f"label value {shown} is unknown in {naming} naming (known: {known})"
-        remedy = f"correct the file or map the value, as --label_map={example}"
+        remedy = "correct the file"
+        if all(float(value).is_integer() and 0 <= value <= 255 for value in unknown):  # others are no labels
+            remedy += f" or map the value: launch/preprocess.py --label_map={example}"
         raise ValueError(f"{source}: {what}; {why + '; ' if why else ''}{remedy}")
     return naming
 

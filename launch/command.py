@@ -17,6 +17,17 @@ from typing import Any
 
 from absl import app, flags, logging
 
+
+def _say_interrupted(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Of Ctrl-C while a launcher is still importing: no traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _say_interrupted
+
 DEBUG = flags.DEFINE_bool("debug", False, "Show the full traceback of an error.")
 
 END_SECONDS = 5.0  # given to threads and processes to end by themselves after a time-out
@@ -128,7 +139,10 @@ def _told(error: Exception) -> str:
         meant = f", did you mean {rest.split()[0]}?" if rest else ";"
         return f"the config has no field {name.rstrip('?')}{meant} configs/default.py lists them"
     if absent := re.match(r"flag --(\w+)=None: Flag --\1 must have a value other than None", text):
-        return f"no --{absent[1]}: {flags.FLAGS[absent[1]].help}"
+        help_text, _, _ = flags.FLAGS[absent[1]].help.partition(";\n")  # absl adds a line to that of a repeated flag
+        return f"no --{absent[1]}: {help_text}"
+    if wrong := re.match(r"flag --(\w+)=(.*?): \('(.*)', '.*'\)$", text):  # absl shows its error's arguments
+        return f"--{wrong[1]}={wrong[2]}: {wrong[3]}"
     if "Traceback" in text:  # an error inside a config file: its last line says what
         return f"{text.splitlines()[0]} {text.splitlines()[-1]}"
     return text

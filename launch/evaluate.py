@@ -80,7 +80,8 @@ def parse_predictions(values: list[str]) -> dict[str, str]:
         if not equals or os.path.isdir(value):
             name, path = Path(value).resolve().name, value
         if not name or name == "references" or name in runs:
-            raise ValueError(f"--predictions={value}: the name {name!r} is empty, reserved or there twice")
+            why = "is there twice" if name in runs else "means the truth" if name else "is empty"
+            raise ValueError(f"--predictions={value}: the name {name!r} {why}; give another, as NAME=DIR")
         runs[name] = path
     return runs
 

@@ -18,6 +18,8 @@ import command
 from absl import flags, logging
 from ml_collections import config_flags
 
+from configs import default
+
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file, such as configs/peft.py or configs/peft.py:demo.", lock_config=True
 )
@@ -67,6 +69,9 @@ def main(_) -> int:
     config = CONFIG.value
     if config is None:
         raise ValueError("no --config: give an experiment file, such as --config=configs/peft.py")
+    if absent := set(default.get_config()) - set(config):
+        raise ValueError(f"the config has no field {min(absent)!r}: it is none for launch/train.py, whose fields "
+                         "configs/default.py lists (configs/study.py is for launch/study.py)")  # fmt: skip
     if DRY_RUN.value:
         from mednext_jax.train import dry_run, workdir
 

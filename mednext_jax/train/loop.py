@@ -295,5 +295,6 @@ class Run:
                 self.folder, self.parts, weights, self.provenance(), use_best, self.data.name
             )
             workdir.write_json(self.folder / RESULT_FILE, result)
-        self.log.say(f"finished at step {self.step}: {self.folder / artefacts.FINAL}")
+        alone = f", and what it learnt alone: {self.folder / artefacts.ADAPTER}" if self.parts.frozen else ""
+        self.log.say(f"finished at step {self.step}: {self.folder / artefacts.FINAL}{alone}")
         return result

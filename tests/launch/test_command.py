@@ -104,6 +104,10 @@ def test_traceback_of_a_thread_is_dropped_only_where_another_process_was_lost(er
     (("launch/train.py", "--config=configs/peft.py", "--config.xyz=1"),
      "error: the config has no field 'xyz'; configs/default.py lists them"),
     (("launch/predict.py", "--model=a", "--input=b"), "error: no --output: Folder for the label maps."),
+    (("launch/evaluate.py", "--references=a", "--output=b"), "error: no --predictions: DIR or NAME=DIR; repeat it to"),
+    (("launch/predict.py", "--flips=maybe"), "error: --flips=maybe: Non-boolean argument to boolean flag\n"),
+    (("launch/train.py", "--config=configs/study.py:demo", "--workdir=x"),
+     "error: the config has no field 'augment': it is none for launch/train.py"),
 ], ids=str)  # fmt: skip
 def test_a_wrong_command_line_is_told_in_our_words(arguments, told):
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120)

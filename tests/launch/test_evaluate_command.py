@@ -287,7 +287,7 @@ def test_regions_of_any_label_map_are_given_by_json(tmp_path):
         ({"value": 9}, "label values [0, 9] fit no scheme (first in case a"),
         ({"case": "b"}, "pred: no case in"),
         ({"flag": "--regions={broken"}, "--regions={broken: not JSON"),
-        ({"flag": "--predictions=references=x"}, "'references' is empty, reserved or there twice"),
+        ({"flag": "--predictions=references=x"}, "the name 'references' means the truth; give another"),
         ({"flag": "--labels=other=brats2021"}, "--labels names ['other']"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
