@@ -4,7 +4,8 @@
     <directory>/parameters.safetensors   its first argument, one tensor per flat path
     <directory>/export.json              window size, the model's description, versions
 
-``jax.export.deserialize(window.jaxexport).call(parameters, windows)`` needs neither Flax nor this package.
+``jax.export.deserialize(window.jaxexport).call(parameters, windows)`` needs neither Flax nor this package. The network
+is written as for the machine that exports it: what a CPU exported is a CPU's formulation on a card, too.
 """
 
 import dataclasses

@@ -91,11 +91,12 @@ def accuracy_against_compute(points: Mapping[str, tuple[float, int, Estimate]], 
         figure = Figure(figsize=(8.2, 4.6), layout="constrained")
         axes = figure.add_subplot()
         most = max(parameters for _, parameters, _ in points.values())
-        for number, (arm, (flops, parameters, dice)) in enumerate(points.items()):
+        places = _side_by_side([flops for flops, *_ in points.values()])
+        for number, (place, (arm, (_, parameters, dice))) in enumerate(zip(places, points.items(), strict=True)):
             style = _style(number)
-            axes.errorbar([flops], [dice.mean], [[max(dice.mean - dice.low, 0)], [max(dice.high - dice.mean, 0)]],
+            axes.errorbar([place], [dice.mean], [[max(dice.mean - dice.low, 0)], [max(dice.high - dice.mean, 0)]],
                           color=style["color"], linewidth=1, capsize=2)  # fmt: skip
-            axes.scatter([flops], [dice.mean], s=25 + 220 * parameters / most, color=style["color"],
+            axes.scatter([place], [dice.mean], s=25 + 220 * parameters / most, color=style["color"],
                          marker=style["marker"], alpha=0.75, edgecolor="black", linewidth=0.6,
                          label=f"{arm} ({parameters:,})")  # fmt: skip
         axes.axhline(zero_shot.mean, color="#777777", linestyle="--", linewidth=1.2, label="zero-shot")
@@ -106,6 +107,13 @@ def accuracy_against_compute(points: Mapping[str, tuple[float, int, Estimate]], 
         figure.legend(loc="outside right upper", frameon=False, fontsize=8, title="arm (trained parameters)",
                       title_fontsize=8, scatterpoints=1, markerscale=0.7)  # fmt: skip
         return figure
+
+
+def _side_by_side(values: Sequence[float]) -> list[float]:
+    """The values, those that are equal a little apart, so that one circle does not hide another."""
+    step = 0.015 * (max(values) - min(values) or max(values))
+    return [value + step * (list(values[:i]).count(value) - (list(values).count(value) - 1) / 2)
+            for i, value in enumerate(values)]  # fmt: skip
 
 
 def few_shot_curve(curve: Mapping[str, Mapping[int, Estimate]], zero_shot: Estimate) -> Figure:

@@ -124,6 +124,16 @@ def test_tables_and_pictures_hold_every_arm_and_escape_what_they_are_given():
     assert report.plain_text(*rows).splitlines()[1].startswith("full")
 
 
+def test_arms_of_equal_arithmetic_stand_side_by_side_in_the_picture():
+    dice = results.estimate(results.mean_dice(table(full=around(0.6, 1)), "full"))
+    arms = {"full": (3e12, 9, dice), "scratch": (3e12, 8, dice), "adapter": (1e12, 1, dice)}
+    figure = figures.accuracy_against_compute(arms, dice)
+    full, scratch, adapter = (circle.get_offsets()[0][0] for circle in figure.axes[0].collections
+                              if len(circle.get_offsets()) == 1 and circle.get_label() != "zero-shot"
+                              and "(" in str(circle.get_label()))  # fmt: skip
+    assert full < 3e12 < scratch < 1.05 * full and adapter == 1e12
+
+
 def test_a_curve_over_sizes_takes_each_size_from_its_table():
     small, large = table(full_n1=around(0.5, 1)), table(full=around(0.7, 2))
     curve = results.few_shot({12: large, 1: small}, {12: {"full": "full"}, 1: {"full": "full_n1"}}, {12: None, 1: None})
