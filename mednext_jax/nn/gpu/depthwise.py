@@ -84,10 +84,6 @@ def _lanes(part: Array, across: Array, channels: int, many: int) -> tuple[Array,
     return channel, across[:, None] * channels + channel[None, :]
 
 
-def _within(index: Array, size: int) -> Array:
-    return (index >= 0) & (index < size)
-
-
 @triton.kept
 def _same(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...], has_onto: bool):
     """Kernel, programs and row: a program makes PLANES planes of one row."""
@@ -103,7 +99,7 @@ def _same(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...], h
         sample, piece = triton.divided(rest, pieces)
         across = column * row + jnp.arange(row)
         channel, lanes = _lanes(part, across, channels, many)
-        inside = [_within(across + tx - kx // 2, width)[:, None] for tx in range(kx)]
+        inside = [triton.within(across + tx - kx // 2, width)[:, None] for tx in range(kx)]
         first = piece * PLANES
 
         def line(z, y):
@@ -116,7 +112,7 @@ def _same(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...], h
                 sums = list(sums)
                 to_y = y + ty - ky // 2
                 begin = line(z, to_y) + lanes
-                real = _within(z, depth) & _within(to_y, height)
+                real = triton.within(z, depth) & triton.within(to_y, height)
                 for tx in range(kx):
                     at = begin + (tx - kx // 2) * channels
                     seen = triton.load_wide(x_ref.at[at], inside[tx] & real)
@@ -159,13 +155,13 @@ def _down(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...]):
         sample, z = triton.divided(rest, out[0])
         across = column * row + jnp.arange(row)
         channel, lanes = _lanes(part, 2 * across, channels, many)
-        inside = [_within(2 * across + tx - kx // 2, width)[:, None] for tx in range(kx)]
+        inside = [triton.within(2 * across + tx - kx // 2, width)[:, None] for tx in range(kx)]
 
         def add(number, total):
             tz, ty = triton.divided(number, ky)
             to_z, to_y = 2 * z + tz - kz // 2, 2 * y + ty - ky // 2
             begin = ((sample * depth + to_z) * height + to_y) * (width * channels) + lanes
-            real = _within(to_z, depth) & _within(to_y, height)
+            real = triton.within(to_z, depth) & triton.within(to_y, height)
             for tx in range(kx):
                 at = begin + (tx - kx // 2) * channels
                 seen = triton.load_wide(x_ref.at[at], inside[tx] & real)
@@ -207,7 +203,7 @@ def _up(sizes: tuple[int, ...], taps: tuple[int, ...], out: tuple[int, ...]):
             if not needed:
                 continue
             to_z, to_y, to_x = z + steps[0], y + steps[1], across + steps[2]
-            real = _within(to_x, width)[:, None] & _within(to_z, depth) & _within(to_y, height)
+            real = triton.within(to_x, width)[:, None] & triton.within(to_z, depth) & triton.within(to_y, height)
             at = ((sample * depth + to_z) * height + to_y) * (width * channels) + lanes + steps[2] * channels
             seen = triton.load_wide(x_ref.at[at], real)
             for parity, (tz, ty, tx) in needed.items():
