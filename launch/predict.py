@@ -5,7 +5,8 @@ r"""Segments cases with a trained model: one label map per case, in the case's o
     python launch/predict.py --model=FOLD0,FOLD1,FOLD2 --input=CASES --output=OUT --thresholds=WT:0.5,TC:0.7,ET:0.7
 
 --input is a folder of raw cases, as for launch/preprocess.py, or a store. Stopped in the middle, the same command
-goes on. A case that cannot be read is reported and the others are done; the exit code is then 1.
+goes on; cases whose scans changed since are predicted again. A case that cannot be read is reported and the others are
+done; the exit code is then 1.
 For research only; not a medical device.
 """
 

@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import re
-import resource
 import signal
 import struct
 import subprocess
@@ -255,10 +254,11 @@ def test_results_do_not_take_the_place_of_what_is_no_evaluations(tmp_path):
         assert "metrics.csv, report.html, summary.json" in said and "mine.csv" not in said
     _nifti(tmp_path / "pred" / "a.nii.gz", np.roll(labels, 1, 0))
     before = {file.name: file.read_bytes() for file in out.iterdir()}
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,) * 2)"  # less than the page needs
+    limited = f"import os, resource, sys; {limit}; os.execv(sys.argv[1], sys.argv[1:])"
     failed = subprocess.run(
-        [sys.executable, ROOT / "launch" / "evaluate.py", *arguments, f"--output={out}"],
+        [sys.executable, "-c", limited, sys.executable, ROOT / "launch" / "evaluate.py", *arguments, f"--output={out}"],
         capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),  # less than the page needs
     )  # fmt: skip
     assert failed.returncode == 1 and failed.stderr.startswith(f"error: {out}: more was to be written")
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
