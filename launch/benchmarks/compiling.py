@@ -19,8 +19,10 @@ def rows(config: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
     found: dict[str, list[dict[str, float]]] = {"cold": [], "from the cache": []}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as cache:
-            for times in found.values():
+            for name, times in found.items():
+                began = time.perf_counter()
                 times.append(apart.run(seconds, config, cache))
+                timing.tell(f"train step {name}: compiled", began)
     return [timing.medians(f"train step {name}", times) for name, times in found.items()]
 
 

@@ -111,7 +111,7 @@ def accuracy_against_compute(points: Mapping[str, tuple[float, int, Estimate]], 
 
 def _side_by_side(values: Sequence[float]) -> list[float]:
     """The values, those that are equal a little apart, so that one circle does not hide another."""
-    step = 0.015 * (max(values) - min(values) or max(values))
+    step = 0.03 * (max(values) - min(values) or max(values))
     return [value + step * (list(values[:i]).count(value) - (list(values).count(value) - 1) / 2)
             for i, value in enumerate(values)]  # fmt: skip
 

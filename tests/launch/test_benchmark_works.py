@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,19 @@ def test_data_reads_the_store_and_the_size_that_are_named(tmp_path):
     sizes = ("--size=16", "--batch=3", "--threads=1", "--skip_step")
     (row,) = rows_of(tmp_path, "data", f"--store={noise.path}", *sizes)
     assert row["name"] == "crop of 16^3 x 4" and row["crops_per_second"] > 0
+
+
+def test_ctrl_c_waits_for_no_compilation_and_is_told_in_one_line():
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    run = subprocess.Popen(
+        [sys.executable, "-c", heed,  # a suite in the background ignores SIGINT, and its children inherit that
+         sys.executable, str(ROOT / "launch" / "benchmark.py"), "step", "--size=16", "--skip_memory"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert run.stdout.readline().startswith("forward: ours: ready after ")
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the process that compiles the other, as well
+    assert run.communicate(timeout=60)[0] == "interrupted\n" and run.returncode == 130
 
 
 @pytest.mark.parametrize("compiled", [False, True])
