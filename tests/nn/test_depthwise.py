@@ -167,6 +167,13 @@ def test_equal_operations_are_written_once_in_a_program_and_so_are_their_gradien
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_an_empty_batch_has_gradients_of_zero(mode):
+    x, kernel = jnp.zeros((0, 5, 4, 3, 2)), jnp.ones((3, 3, 3, 1, 2))
+    dx, d_kernel = jax.grad(lambda x, w: mode(x, w).sum(), (0, 1))(x, kernel)
+    assert dx.shape == x.shape and not d_kernel.any()
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.usefixtures("either_formulation")
 def test_depthwise_works_under_vmap_and_remat(mode):
     x, w = arrays((4, 5, 3), (3, 3, 3), channels=2)
