@@ -56,9 +56,9 @@ def peft(options: argparse.Namespace) -> Result:
         )
     table, rows = ours.peft_rows(*arguments, options.repeats, options.methods, peers)
     found = timing.result(rows, options.dtype)
-    ours_, others = ([row for row in found["rows"] if timing.is_ours(row["name"]) == mine] for mine in (True, False))
+    own, others = ([row for row in found["rows"] if timing.is_ours(row["name"]) == mine] for mine in (True, False))
     found["ratio_to_peer"] = {f"{row['name']} against {other['name']}": timing.shares(row, other)
-                              for other in others for row in ours_}  # fmt: skip
+                              for other in others for row in own}  # fmt: skip
     columns = ("name", "seconds", "fastest", "slowest", "gflop", "gbytes", "temporaries_gb", "floor_seconds")
     measured = [{name: row[name] for name in columns if name in row} for row in found["rows"]]
     return found | {"table": f"{table}\n\n{timing.table(found | {'rows': measured})}"}

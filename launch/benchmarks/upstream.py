@@ -68,6 +68,7 @@ def _step(
     image = laid_out(torch.randn(batch, 4, size, size, size, device=device), last)
     net = torch.compile(model) if compiled else model
     low = network["dtype"] == "bfloat16"
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
 
     def forward():
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=low):
@@ -85,7 +86,6 @@ def _step(
             optimizer.step()
         wait(device)
 
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     return (forward if what == "forward" else backward), {}
 
 

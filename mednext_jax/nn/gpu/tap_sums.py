@@ -6,7 +6,8 @@ plane, of which it keeps the last few; so it loads 4 rows for 9 taps. At stride 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,9 +113,7 @@ def _walking(sizes: tuple[int, ...], taps: tuple[int, ...]) -> tuple[Callable, i
 
         zero = jnp.zeros((row, many), jnp.float32)
         sums = jax.lax.fori_loop(0, each, walk, (zero,) * len(own))
-        for (tz, ty), total in zip(own, sums, strict=True):
-            tap = (tz * ky + first + ty) * kx + tx
-            sums_ref[(place * (kz * ky * kx) + tap) * channels + channel] = total.sum(0)
+        _write(sums_ref, place, taps, [(tz, first + ty, tx) for tz, ty in own], channel, channels, sums)
 
     return depthwise_kernel_gradient, programs, kx * parts, row
 
@@ -164,8 +163,17 @@ def _by_rows(
 
         zero = jnp.zeros((row, many), jnp.float32)
         sums = jax.lax.fori_loop(0, each, step, (zero,) * len(own))
-        for (ty, tx), total in zip(own, sums, strict=True):
-            tap = (tz * ky + first + ty) * kx + tx
-            sums_ref[(place * (kz * ky * kx) + tap) * channels + channel] = total.sum(0)
+        _write(sums_ref, place, taps, [(tz, first + ty, tx) for ty, tx in own], channel, channels, sums)
 
     return depthwise_kernel_gradient, programs, kz * parts, row
+
+
+def _write(
+    sums_ref: Any, place: Array, taps: tuple[int, ...], own: Sequence[tuple], channel: Array, channels: int,
+    sums: Sequence[Array],
+) -> None:  # fmt: skip
+    """Writes a program's sums over its voxels to the places of its ``own`` taps, each (tz, ty, tx)."""
+    kz, ky, kx = taps
+    for (tz, ty, tx), total in zip(own, sums, strict=True):
+        tap = (tz * ky + ty) * kx + tx
+        sums_ref[(place * (kz * ky * kx) + tap) * channels + channel] = total.sum(0)
