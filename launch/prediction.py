@@ -155,7 +155,7 @@ def predict_cases(
     Returns: {case id: reason} of the cases that failed.
     """
     output = Path(output)
-    inputs = store_files.read_json(output / INPUTS_FILE) if (output / INPUTS_FILE).exists() else {}
+    inputs = _known_inputs(output / INPUTS_FILE)
     todo = [job for job in jobs if not _is_done(job, output, inputs.get(job.case_id))]
     failed: dict[str, str] = {}
     work = _read_ahead(todo)
@@ -172,6 +172,18 @@ def predict_cases(
             failed[job.case_id] = _reason(error).removeprefix(f"{job.case_id}: ")
             tqdm.write(f"failed: {job.case_id}: {failed[job.case_id]}", file=sys.stderr)
     return failed
+
+
+def _known_inputs(file: Path) -> dict[str, Any]:
+    """What label maps were predicted from; nothing where that is not known, which costs no label map."""
+    try:
+        return store_files.read_json(file)
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        print(f"warning: {file} is damaged, so changed scans go unnoticed this time; --noskip_existing predicts all "
+              "cases again", file=sys.stderr)  # fmt: skip
+        return {}
 
 
 def _is_done(job: Job, output: Path, known: Mapping[str, Any] | None) -> bool:

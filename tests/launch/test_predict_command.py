@@ -205,6 +205,17 @@ def test_a_case_whose_scans_changed_is_predicted_again(tmp_path, source, capsys)
     assert predictor_that_ran().images_seen == 0
 
 
+@pytest.mark.parametrize("damaged", ["", "{", "[1]"])
+def test_damaged_notes_of_what_was_predicted_from_cost_no_label_map(tmp_path, damaged, capsys):
+    name, _ = write_case(tmp_path / "in", 1, AFFINES["flipped"])
+    jobs, _ = prediction.find_jobs(tmp_path / "in")
+    predict_into(tmp_path / "out", jobs)
+    (tmp_path / "out" / prediction.INPUTS_FILE).write_text(damaged)
+    assert not predict_into(tmp_path / "out", jobs)
+    assert (tmp_path / "out" / f"{name}.nii.gz").exists()
+    assert "inputs.json is damaged" in capsys.readouterr().err
+
+
 def test_case_with_channels_in_another_order_is_refused():
     record = {"channels": ["t2f", "t1n", "t1c", "t2w"], "normalization": {"name": "zscore_brain"}}
     with pytest.raises(ValueError, match="another order"):
