@@ -67,7 +67,7 @@ def _model() -> ConfigDict:
             grn=False,
             deep_supervision=True,
             output="regions",  # one sigmoid each for WT, TC, ET; "labels": softmax over 0..3
-            dtype="auto",  # bfloat16 on GPU, float32 elsewhere; parameters, norms, loss are always float32
+            dtype="auto",  # bfloat16 on GPU, float32 elsewhere; parameters, statistics of norms, loss: always float32
             remat="auto",  # "none", "mlp" or "block": what the backward pass computes again to save memory
         )
     )

@@ -5,10 +5,11 @@ r"""Measures speed and memory on this machine, beside its ceilings and beside up
     python launch/benchmark.py predict --volume=240,240,155 --peer=CHECKOUT_OF_MEDNEXT
     python launch/benchmark.py COMMAND --help
 
-Times are medians of runs that alternate, those of step and predict each in a process of its own; a ratio is ours over
-the peer's. FLOPs are those of the traced program, bytes those of the compiled one, loops counted as often as they run;
-floor_share is the time that the machine's measured ceilings (copying, multiplying matrices of type --dtype) allow, over
-the time taken; what stays in a cache can bring it above 1. --peer takes a checkout of MIC-DKFZ/MedNeXt, and PyTorch.
+Times are medians of runs that alternate, each in a process of its own in step, predict and beside a peer; a ratio is
+ours over the peer's. FLOPs are those of the traced program, bytes those of the compiled one, loops counted as often as
+they run; floor_share is the time that the machine's measured ceilings (copying, multiplying matrices of type --dtype)
+allow, over the time taken; what stays in a cache can bring it above 1. --peer takes a checkout of MIC-DKFZ/MedNeXt, and
+PyTorch.
 """
 
 import argparse
@@ -31,16 +32,19 @@ Result = dict[str, Any]
 
 def step(options: argparse.Namespace) -> Result:
     """Forward, and forward + backward, of a network: time, FLOPs, bytes, memory; upstream's network with --peer."""
-    from benchmarks import apart, ours, timing, upstream
+    from benchmarks import apart, ours, profile, timing, upstream
 
-    works = ours.step_works(network_of(options), options.batch, options.size)
+    own, peers = ours.step_works(network_of(options), options.batch, options.size), []
     if options.peer:
         upstream.check(Path(options.peer))
-        works += upstream.step_works(
+        peers = upstream.step_works(
             Path(options.peer), network_of(options), options.batch, options.size, layouts_of(options),
             options.peer_compile,
         )  # fmt: skip
-    return timing.result(apart.measure(works, options.repeats, memory=not options.skip_memory), options.dtype)
+    found = timing.result(apart.measure([*own, *peers], options.repeats, memory=not options.skip_memory), options.dtype)
+    if options.profile:
+        found["profile"] = {work.name: apart.run(profile.of, work, options.profile) for work in own}
+    return found
 
 
 def peft(options: argparse.Namespace) -> Result:
@@ -54,26 +58,26 @@ def peft(options: argparse.Namespace) -> Result:
         peers = upstream.training_works(
             Path(options.peer), network, batch, size, layouts_of(options), options.peer_compile
         )
-    table, rows = ours.peft_rows(*arguments, options.repeats, options.methods, peers)
+    table, rows = ours.peft_rows(*arguments, options.repeats, options.methods, peers, not options.skip_memory)
     found = timing.result(rows, options.dtype)
     own, others = ([row for row in found["rows"] if timing.is_ours(row["name"]) == mine] for mine in (True, False))
     found["ratio_to_peer"] = {f"{row['name']} against {other['name']}": timing.shares(row, other)
                               for other in others for row in own}  # fmt: skip
-    columns = ("name", "seconds", "fastest", "slowest", "gflop", "gbytes", "temporaries_gb", "floor_seconds")
+    columns = ("name", "seconds", "fastest", "slowest", "gflop", "gbytes", "temporaries_gb", "peak_memory_gb",
+               "floor_seconds")  # fmt: skip
     measured = [{name: row[name] for name in columns if name in row} for row in found["rows"]]
     return found | {"table": f"{table}\n\n{timing.table(found | {'rows': measured})}"}
 
 
 def depthwise(options: argparse.Namespace) -> Result:
     """Each depthwise operation and its gradients beside a copy of its bytes; PyTorch's own with --peer."""
-    from benchmarks import ours, timing, upstream
+    from benchmarks import apart, ours, timing, upstream
 
-    arguments = (options.batch, options.size, options.channels, options.dtype)
-    works = ours.depthwise_works(*arguments)
+    arguments, peers = (options.batch, options.size, options.channels, options.dtype), []
     if options.peer:
         upstream.check(Path(options.peer))
-        works += upstream.depthwise_works(*arguments, layouts_of(options))
-    return timing.result(timing.measure(works, options.repeats), options.dtype)
+        peers = upstream.depthwise_works(*arguments, layouts_of(options))
+    return timing.result(apart.beside(ours.depthwise_works(*arguments), peers, options.repeats), options.dtype)
 
 
 def data(options: argparse.Namespace) -> Result:
@@ -87,7 +91,7 @@ def data(options: argparse.Namespace) -> Result:
         rows = [data.row(store, options.size, options.batch, options.threads, options.workers, options.repeats)]
     if not options.skip_step:
         _, work = ours.step_works(network_of(options), options.batch, options.size)
-        rows.append(data.demand(options.batch, timing.measure([work], 1)[0]["seconds"]))
+        rows.append(data.demand(options.batch, timing.measure([work], options.repeats)[0]["seconds"]))
     return timing.result(rows, options.dtype)
 
 
@@ -225,7 +229,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     option("peer_layout", peers, "The peer's memory layout.", choices=["both", "default", "channels-last"],
            default="both")
     option("peer_compile", (step, peft, predict), "Also time the peer under torch.compile.", action="store_true")
-    option("skip_memory", (step, predict), "Leave peak memory and its run out.", action="store_true")
+    option("skip_memory", (step, peft, predict), "Leave peak memory and its run out.", action="store_true")
+    option("profile", (step,), "Tell what takes longest in ours, by a trace that is left in this folder.", default="")
     option("repeats", [run for run in every if run is not deviceless], "Timed runs of each.", type=positive, default=3)
     option("json", every, "Write the figures to this file too.", default="")
     options, unknown = parser.parse_known_args(argv[1:])

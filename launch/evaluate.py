@@ -197,6 +197,8 @@ def main(_) -> int:
         written = sorted(file.name for file in folder.iterdir())
     print_result(evaluation, result)
     print(f"wrote {', '.join(written)} to {output}")
+    if PAGE.value and VIEWER_CASES.value and "viewer.html" not in written:
+        print("no 3-D viewer: it comes with pip install 'mednext_jax[demo]'", file=sys.stderr)
     if REQUIRE_ALL.value and evaluation.incomplete:
         print("error: predictions are missing, and --require_all was given", file=sys.stderr)
         return 1

@@ -155,7 +155,7 @@ def predict_cases(
     Returns: {case id: reason} of the cases that failed.
     """
     output = Path(output)
-    inputs = _known_inputs(output / INPUTS_FILE)
+    inputs = _known_inputs(output, jobs)
     todo = [job for job in jobs if not _is_done(job, output, inputs.get(job.case_id))]
     failed: dict[str, str] = {}
     work = _read_ahead(todo)
@@ -174,16 +174,20 @@ def predict_cases(
     return failed
 
 
-def _known_inputs(file: Path) -> dict[str, Any]:
-    """What label maps were predicted from; nothing where that is not known, which costs no label map."""
+def _known_inputs(output: Path, jobs: Sequence[Job]) -> dict[str, Any]:
+    """What label maps were predicted from. Where that is not known, it is told, and costs no label map."""
+    file = output / INPUTS_FILE
     try:
-        return store_files.read_json(file)
+        known = store_files.read_json(file)
     except FileNotFoundError:
-        return {}
+        known = {}
     except ValueError:
-        print(f"warning: {file} is damaged, so changed scans go unnoticed this time; --noskip_existing predicts all "
-              "cases again", file=sys.stderr)  # fmt: skip
-        return {}
+        print(f"warning: {file} is damaged; a new one is begun", file=sys.stderr)
+        known = {}
+    if count := sum(job.case_id not in known and _label_map(output, job.case_id).exists() for job in jobs):
+        print(f"warning: nothing tells which scans {count} label maps in {output} were predicted from, so that changed "
+              "scans go unnoticed there; --noskip_existing predicts all cases again", file=sys.stderr)  # fmt: skip
+    return known
 
 
 def _is_done(job: Job, output: Path, known: Mapping[str, Any] | None) -> bool:

@@ -59,6 +59,13 @@ def measure(works: Sequence[Work], repeats: int, memory: bool = False) -> list[d
     return [row if "failed" in row else timing.medians(row["name"], own) | row for row, own in pairs]
 
 
+def beside(
+    works: Sequence[Work], peers: Sequence[Work], repeats: int, memory: bool = False
+) -> list[dict[str, Any]]:
+    """Our works and other libraries': as :func:`measure` does, but without peers all in this process."""
+    return measure([*works, *peers], repeats, memory) if peers else timing.measure(works, repeats)
+
+
 _prepared: list[Callable[[], Any]] = []  # what a process of its own runs
 
 

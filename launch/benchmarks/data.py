@@ -45,7 +45,9 @@ def row(found: Store, size: int, batch: int, threads: int, workers: int, repeats
             samples.append({"seconds": (time.perf_counter() - began[0]) / n_crops,
                             "cpu_seconds": (time.process_time() - began[1]) / n_crops})  # fmt: skip
     row = medians(f"crop of {size}^3 x {len(found.channels)}", samples)
+    moved = size**3 * len(found.channels) * (2 + 4)  # read as float16, written as float32
     row |= {"crops_per_second": 1 / row["seconds"], "crops_per_second_and_core": 1 / row["cpu_seconds"]}
+    row["gbytes"] = moved / 1e9
     if workers:  # their processor time is not ours to see
         del row["cpu_seconds"], row["crops_per_second_and_core"]
     return row

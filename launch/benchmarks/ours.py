@@ -24,6 +24,7 @@ OPERATIONS = {
     "transpose": depthwise_conv_transpose,
 }
 PASSES = ("forward", "input gradient", "kernel gradient")
+STEPS = ("forward", "forward+backward")
 
 
 def model_of(network: Network) -> MedNeXt:
@@ -37,7 +38,7 @@ def model_of(network: Network) -> MedNeXt:
 def step_works(network: Network, batch: int, size: int) -> list[Work]:
     """Forward, and forward + backward with respect to every parameter, of a mean-square loss."""
     arguments = (network, batch, size)
-    return [Work(f"{name}{SEPARATOR}{OURS}", _step, (*arguments, name)) for name in ("forward", "forward+backward")]
+    return [Work(f"{name}{SEPARATOR}{OURS}", _step, (*arguments, name)) for name in STEPS]
 
 
 def _step(network: Network, batch: int, size: int, what: str) -> tuple[Callable[[], Any], Facts]:
@@ -51,7 +52,7 @@ def _step(network: Network, batch: int, size: int, what: str) -> tuple[Callable[
     def loss(params, x):
         return sum(jnp.mean(jnp.square(y)) for y in jax.tree.leaves(forward(params, x)))
 
-    return compiled(forward if what == "forward" else jax.value_and_grad(loss), params, x)
+    return compiled(forward if what == STEPS[0] else jax.value_and_grad(loss), params, x)
 
 
 def depthwise_works(batch: int, size: int, channels: int, dtype: str) -> list[Work]:
@@ -107,7 +108,8 @@ def _value(text: str) -> Any:
 
 
 def peft_rows(
-    network: Network, size: int, batch: int, repeats: int, names: list[str], peers: Sequence[Work] = ()
+    network: Network, size: int, batch: int, repeats: int, names: list[str], peers: Sequence[Work] = (),
+    memory: bool = False,
 ) -> tuple[str, list[dict[str, Any]]]:
     """Parameters, file, FLOPs, memory and time of each method's compiled step: as Markdown, and as rows.
 
@@ -115,6 +117,7 @@ def peft_rows(
 
     Args:
       peers: other libraries' training steps, whose rows come last; then each method has a process of its own, too.
+      memory: with peers, also the peak memory of each.
     """
     texts = list(dict.fromkeys(["full", *(names or peft.METHODS)]))
     methods = [method_of(text) for text in texts]
@@ -124,7 +127,7 @@ def peft_rows(
     known = peft.costs(methods, model, (size,) * 3, batch)
     works = [Work(known_cost.method.replace("`", ""), _method, (network, batch, size, text))
              for known_cost, text in zip(known, texts, strict=True)]  # fmt: skip
-    timed = apart.measure([*works, *peers], repeats) if peers else timing.measure(works, repeats)
+    timed = apart.beside(works, peers, repeats, memory)
     timed, others = timed[: len(works)], timed[len(works) :]
     costs = [replace(known_cost, temporary_bytes=round(1e9 * row["temporaries_gb"]), step_seconds=row["seconds"])
              for known_cost, row in zip(known, timed, strict=True)]  # fmt: skip

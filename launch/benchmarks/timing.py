@@ -118,14 +118,14 @@ def ceilings(dtype: str) -> dict[str, Any]:
             "matmul_gflop_per_s": product["flop"] / product["fastest"] / 1e9, "dtype": dtype}  # fmt: skip
 
 
-def result(rows: list[dict[str, Any]], dtype: str = "float32", **more: Any) -> dict[str, Any]:
+def result(rows: list[dict[str, Any]], dtype: str = "float32") -> dict[str, Any]:
     """What ``--json`` writes: rows beside the machine's ceilings for ``dtype``, ratios to the peer, and what failed."""
     limits = ceilings(dtype)
     failed = {row["name"]: row["failed"] for row in rows if "failed" in row}
     rows = [row for row in rows if "failed" not in row]
     for row in rows:
-        if "gflop" in row:
-            arithmetic = row["gflop"] / limits["matmul_gflop_per_s"]
+        if "gflop" in row or "gbytes" in row:
+            arithmetic = row.get("gflop", 0.0) / limits["matmul_gflop_per_s"]
             floor = max(arithmetic, row.get("gbytes", 0.0) / limits["copy_gb_per_s"])
             row |= {"floor_seconds": floor, "floor_share": floor / row["seconds"]}
     device = jax.devices()[0]
@@ -137,7 +137,6 @@ def result(rows: list[dict[str, Any]], dtype: str = "float32", **more: Any) -> d
         "rows": rows,
         "ratio_to_peer": ratios(rows),
         "failed": failed,
-        **more,
     }
 
 
@@ -181,6 +180,8 @@ def table(found: dict[str, Any]) -> str:
     lines = plain_table(found["rows"])
     for name, ratio in found["ratio_to_peer"].items():
         lines.append(f"{name}: " + ", ".join(f"{value:.3f} of its {key}" for key, value in ratio.items()))
+    for name, operations in found.get("profile", {}).items():
+        lines += ["", f"{name}, what takes the longest:", *plain_table(operations)]
     limits = found["ceilings"]
     lines.append(f"{found['device']}, jax {found['jax']}: copies {limits['copy_gb_per_s']:.1f} GB/s, multiplies "
                  f"{limits['matmul_gflop_per_s']:.0f} GFLOP/s in {limits['dtype']}")

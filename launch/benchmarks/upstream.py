@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ours import KERNEL_SIZE, N_CLASSES, OPERATIONS, PASSES, Network
+from benchmarks.ours import KERNEL_SIZE, N_CLASSES, OPERATIONS, PASSES, STEPS, Network
 from benchmarks.timing import SEPARATOR, Facts, Work
 from mednext_jax.nn.mednext import VARIANTS
 
 LAYOUTS = ("default", "channels-last")  # in memory
-STEPS = ("forward", "forward+backward")
 
 
 def variants(layouts: Sequence[str], with_compile: bool) -> list[tuple[str, bool, bool]]:
@@ -86,7 +85,7 @@ def _step(
             optimizer.step()
         wait(device)
 
-    return (forward if what == "forward" else backward), {}
+    return (forward if what == STEPS[0] else backward), {}
 
 
 def depthwise_works(batch: int, size: int, channels: int, dtype: str, layouts: Sequence[str]) -> list[Work]:

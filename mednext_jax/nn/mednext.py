@@ -101,7 +101,7 @@ class MedNeXt(nn.Module):
       exp_r: one number or nine, from ``enc_block_0`` to ``dec_block_0``.
       kernel_size: of all stages; overrides ``enc_kernel_size`` and ``dec_kernel_size`` unless None.
       adapters: see :mod:`mednext_jax.nn.adapters`; mappings of their fields are accepted.
-      dtype: of the computation; parameters, norms and logits are float32.
+      dtype: of the computation; parameters, statistics of norms and logits are float32.
       remat: what the backward pass recomputes: "none" nothing, "mlp" the expanded half of every block (the default,
         and the fastest: what it saves in memory traffic is more), "block" the blocks' convolutions too.
     """

@@ -184,6 +184,7 @@ def test_crops_per_second_are_counted_per_crop(monkeypatch):
     store = SimpleNamespace(case_ids=["a"], cases={"a": {"labelled": True}}, channels="tuv")
     row = data.row(store, 16, batch=4, threads=0, workers=0, repeats=3)
     assert (row["name"], row["seconds"], row["cpu_seconds"]) == ("crop of 16^3 x 3", 0.5, 0.75)
+    assert row["gbytes"] == 16**3 * 3 * 6 / 1e9
     assert row["crops_per_second"] == 2 and row["crops_per_second_and_core"] == pytest.approx(4 / 3)
     assert data.demand(4, 2.0)["crops_per_second"] == 2
 

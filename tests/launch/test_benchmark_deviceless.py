@@ -27,7 +27,7 @@ def deviceless(path, replaced):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_steps_for_a_card_that_is_not_here_say_what_they_move_and_hold():
+def test_steps_compiled_for_a_described_place_say_what_they_move_and_hold():
     mesh = "jax.sharding.Mesh(jax.devices('cpu')[:1], ('data',))"
     place = f"jax.sharding.NamedSharding({mesh}, jax.sharding.PartitionSpec())"
     here = f"deviceless._place = lambda description, gpu: {place}"

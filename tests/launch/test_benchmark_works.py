@@ -186,7 +186,8 @@ def test_monais_sliding_window_sees_all_of_the_volume(checkout):
 def test_methods_are_compared_with_the_peers_full_training_step(monkeypatch):
     monkeypatch.setattr(upstream, "check", lambda checkout: None)
 
-    def rows_of(network, size, batch, repeats, names, peers):
+    def rows_of(network, size, batch, repeats, names, peers, memory):
+        assert memory
         assert [(peer.name, peer.arguments[2:5]) for peer in peers] == [("full: torch", (3, 32, "full"))]
         rows = [{"name": name, "seconds": seconds} for name, seconds in (("full", 4.0), ("head", 1.0))]
         return "table", [*rows, {"name": "full: torch", "seconds": 8.0}]

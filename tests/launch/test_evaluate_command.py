@@ -88,6 +88,7 @@ def golden_run(tmp_path_factory):
         "--format=brats2023", "--challenge=GLI", "--workers=1", "--note=simulated", "--viewer_cases=1",
     )  # fmt: skip
     assert code == 0, err
+    assert ("no 3-D viewer" in err) != (root / "out" / "viewer.html").exists()
     return root / "out", out
 
 
@@ -157,7 +158,7 @@ def test_two_arms_in_different_label_schemes_are_compared_and_gaps_are_listed(tm
         f"--predictions={tmp_path / 'new'}", f"--predictions=b={tmp_path / 'old'}",
         f"--references={tmp_path / 'refs'}", f"--output={tmp_path / 'out'}", *QUICK,
     )  # fmt: skip
-    assert code == 0, err
+    assert code == 0 and "no 3-D viewer" not in err, err
     assert "labels brats2021" in out and "labels brats2023" in out
     line = "new has no prediction for 1 of 2 reference cases, which are in none of its means: c3"
     assert f"WARNING: {line}" in out and "b: 1 extra cases, without a reference: c9" in err

@@ -205,15 +205,18 @@ def test_a_case_whose_scans_changed_is_predicted_again(tmp_path, source, capsys)
     assert predictor_that_ran().images_seen == 0
 
 
-@pytest.mark.parametrize("damaged", ["", "{", "[1]"])
-def test_damaged_notes_of_what_was_predicted_from_cost_no_label_map(tmp_path, damaged, capsys):
+@pytest.mark.parametrize("content", ["", "{", "[1]", None])
+def test_damaged_or_missing_notes_of_what_was_predicted_from_are_told_and_cost_no_label_map(tmp_path, content, capsys):
     name, _ = write_case(tmp_path / "in", 1, AFFINES["flipped"])
     jobs, _ = prediction.find_jobs(tmp_path / "in")
     predict_into(tmp_path / "out", jobs)
-    (tmp_path / "out" / prediction.INPUTS_FILE).write_text(damaged)
+    file = tmp_path / "out" / prediction.INPUTS_FILE
+    file.unlink() if content is None else file.write_text(content)
     assert not predict_into(tmp_path / "out", jobs)
     assert (tmp_path / "out" / f"{name}.nii.gz").exists()
-    assert "inputs.json is damaged" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert ("inputs.json is damaged" in told) == (content is not None)
+    assert "nothing tells which scans 1 label maps" in told
 
 
 def test_case_with_channels_in_another_order_is_refused():
@@ -307,6 +310,10 @@ def test_command_segments_a_folder_with_a_model_and_its_adapter(tmp_path, model,
     mixed = command(f"--model={model}", *place)
     assert (mixed.returncode, mixed.stdout) == (1, "")
     assert "predicted with other models" in mixed.stderr and mixed.stderr.count("\n") == 1
+    next((tmp_path / "in").rglob("*t2.nii.gz")).unlink()
+    lost = command(f"--model={model}", f"--adapter={tmp_path / 'adapter'}", *place)
+    assert lost.returncode == 1 and "its earlier label map stays" in lost.stderr
+    assert (tmp_path / "out" / f"{name}.nii.gz").exists()
 
 
 def test_model_of_other_channels_is_refused_once_for_all_cases(tmp_path, model, command):

@@ -1,4 +1,4 @@
-"""Tracing as for a GPU, which needs none: the program then runs on a CPU, and its kernels are interpreted."""
+"""Tracing as for a GPU, which needs none: without one the program runs on a CPU, and its kernels are interpreted."""
 
 import jax
 import pytest
@@ -10,10 +10,12 @@ from mednext_jax.nn.gpu import triton
 def as_on_a_gpu(monkeypatch):
     """Call it to have all that is traced from then on traced as for a GPU."""
 
+    interpreted = jax.default_backend() != "gpu"
+
     def switch():
         jax.clear_caches()  # functions of blocks are traced once per shape
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        monkeypatch.setattr(triton, "interpreted", True)
+        monkeypatch.setattr(triton, "interpreted", interpreted)
 
     yield switch
     monkeypatch.undo()

@@ -2,10 +2,11 @@
 
 Interpreted on a CPU. On a machine with a card they run themselves:
 
-    JAX_PLATFORMS=cuda python -m pytest tests/nn/test_gpu_kernels.py
+    JAX_PLATFORMS=cuda python -m pytest -W ignore tests/nn/test_gpu_kernels.py
 """
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -197,12 +198,17 @@ def uses_kernels(function, *arguments):
 def test_kernels_run_on_a_gpu_in_bfloat16_and_nowhere_else(as_on_a_gpu, monkeypatch):
     x, kernel = noise(1, 4, 6, 16, 32), noise(3, 3, 3, 1, 32, dtype=jnp.float32)
     jax.clear_caches()
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert not uses_kernels(depthwise.depthwise_conv, x, kernel)
     as_on_a_gpu()
     assert uses_kernels(depthwise.depthwise_conv, x, kernel)
     jax.clear_caches()
     assert not uses_kernels(depthwise.depthwise_conv, x.astype(jnp.float32), kernel)
     assert not uses_kernels(depthwise.depthwise_conv, x[..., :20], kernel[..., :20])
+    jax.clear_caches()
+    with monkeypatch.context() as older:
+        older.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="7.5")])
+        assert not uses_kernels(depthwise.depthwise_conv, x, kernel)
     jax.clear_caches()
     monkeypatch.setenv(triton.SWITCH, "off")
     assert not uses_kernels(depthwise.depthwise_conv, x, kernel)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from mednext_jax.convert.infer_kwargs import ALL_STAGES
-from mednext_jax.nn import depthwise, layers
+from mednext_jax.nn import layers
 from mednext_jax.nn.mednext import VARIANTS, count_parameters, create_mednext, parameter_shapes
 
 DUMMY = 1  # upstream counts its dummy_tensor
@@ -38,20 +38,12 @@ ADAPTERS = {
 
 @pytest.fixture(autouse=True)
 def shapes_alone(monkeypatch):
-    """Counting needs shapes: tracing every tap of every block and every initialiser would take most of a minute."""
-
-    def conv(x, kernel, stride=1, bias=None):
-        return x[(slice(None), *(slice(None, None, stride),) * (x.ndim - 2))]
-
-    def transpose(x, kernel, bias=None):
-        return jnp.zeros((x.shape[0], *(2 * n - 1 for n in x.shape[1:-1]), x.shape[-1]), x.dtype)
+    """Counting needs shapes: tracing every initialiser takes a while."""
 
     def zeros(fan_in):
         return lambda key, shape, dtype=jnp.float32: jnp.zeros(shape, dtype)
 
     monkeypatch.setattr(layers, "torch_uniform", zeros)
-    monkeypatch.setattr(depthwise, "depthwise_conv", conv)
-    monkeypatch.setattr(depthwise, "depthwise_conv_transpose", transpose)
 
 
 def count(variant, kernel_size, n_classes=4, **changes):

@@ -164,7 +164,7 @@ def test_signal_ends_the_wait_for_a_batch_that_does_not_come(straight, config, o
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["then split", "split first"])
-def test_checkpoints_with_split_and_replicated_optimizer_state_are_the_same_files(
+def test_a_run_goes_on_from_either_of_split_and_replicated_optimizer_state(
     straight, config, open_data, tmp_path, first
 ):
     config.optim.shard_state = first

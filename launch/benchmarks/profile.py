@@ -1,0 +1,48 @@
+"""Where the time of one run goes, operation by operation, as JAX's profiler sees it."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.timing import Work
+
+MOST = 25  # operations that are told
+NUMBER = re.compile(r"([._](clone|\d+))+$")  # by which equal operations of a program differ
+
+
+def of(work: Work, folder: str) -> list[dict[str, Any]]:
+    """Runs the work once more, with the trace left in ``folder`` (for ui.perfetto.dev): see :func:`longest`."""
+    run, _ = work.make(*work.arguments)
+    run()
+    with jax.profiler.trace(folder):
+        run()
+    newest = max(Path(folder).rglob("*.trace.json.gz"), key=lambda file: file.stat().st_mtime_ns)
+    with gzip.open(newest) as file:
+        return longest(json.load(file)["traceEvents"])
+
+
+def longest(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the operations that take the longest: milliseconds on all threads or streams together, how often, and the
+    share of all operations' time. The profiler slows small operations.
+
+    Args: of a trace in Chrome's format.
+    """
+    threads = {(event["pid"], event["tid"]): event["args"]["name"]
+               for event in events if event.get("name") == "thread_name"}  # fmt: skip
+    on_streams = {place for place, name in threads.items() if name.startswith("Stream")}  # of a GPU; other lines repeat
+    found: dict[str, list[float]] = {}
+    for event in events:
+        if "hlo_op" not in event.get("args", {}) or (on_streams and (event["pid"], event["tid"]) not in on_streams):
+            continue
+        own = found.setdefault(NUMBER.sub("", event["name"]), [0.0, 0])
+        own[0] += event.get("dur", 0.0) / 1e3
+        own[1] += 1
+    if not found:
+        raise ValueError("the profiler saw no operation")
+    total = sum(milliseconds for milliseconds, _ in found.values())
+    ordered = sorted(found.items(), key=lambda item: -item[1][0])
+    return [{"name": name, "milliseconds": ms, "times": n, "share": ms / total} for name, (ms, n) in ordered[:MOST]]
