@@ -34,6 +34,8 @@ def step(options: argparse.Namespace) -> Result:
     """Forward, and forward + backward, of a network: time, FLOPs, bytes, memory; upstream's network with --peer."""
     from benchmarks import apart, ours, profile, timing, upstream
 
+    if options.profile:
+        Path(options.profile).mkdir(parents=True, exist_ok=True)  # told before the work if it cannot be
     own, peers = ours.step_works(network_of(options), options.batch, options.size), []
     if options.peer:
         upstream.check(Path(options.peer))

@@ -12,6 +12,7 @@ from benchmarks.timing import Work
 
 MOST = 25  # operations that are told
 NUMBER = re.compile(r"([._](clone|\d+))+$")  # by which equal operations of a program differ
+AROUND = ("while", "conditional", "call")  # what they hold is seen by itself
 
 
 def of(work: Work, folder: str) -> list[dict[str, Any]]:
@@ -38,7 +39,9 @@ def longest(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for event in events:
         if "hlo_op" not in event.get("args", {}) or (on_streams and (event["pid"], event["tid"]) not in on_streams):
             continue
-        own = found.setdefault(NUMBER.sub("", event["name"]), [0.0, 0])
+        if (name := NUMBER.sub("", event["name"])) in AROUND:
+            continue
+        own = found.setdefault(name, [0.0, 0])
         own[0] += event.get("dur", 0.0) / 1e3
         own[1] += 1
     if not found:

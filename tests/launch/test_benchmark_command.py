@@ -282,6 +282,7 @@ NO_PEER = "--peer=nowhere is no checkout of MIC-DKFZ/MedNeXt" if find_spec("torc
         (("data", "--workers=-1"), "-1 is no whole number of at least 0"),
         (("depthwise", "--json=nowhere/it.json"), "--json=nowhere/it.json: there is no such folder"),
         (("depthwise", "--json=."), "--json=. is a folder"),
+        (("step", "--profile=README.md"), "README.md"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(arguments, line):

@@ -20,7 +20,8 @@ def thread(number, name):
 
 CPU = [
     thread(1, "worker"), event("dot.1", 3, hlo_op="dot.1"), event("dot.12.clone", 5, hlo_op="dot.12"),
-    event("add_fusion", 2, hlo_op="add_fusion"), event("Execute", 20), {"name": "process_name", "pid": 7, "args": {}},
+    event("add_fusion", 2, hlo_op="add_fusion"), event("Execute", 20), event("while.2", 30, hlo_op="while.2"),
+    {"name": "process_name", "pid": 7, "args": {}},
 ]  # fmt: skip
 
 
