@@ -45,6 +45,7 @@ def step(options: argparse.Namespace) -> Result:
         )  # fmt: skip
     found = timing.result(apart.measure([*own, *peers], options.repeats, memory=not options.skip_memory), options.dtype)
     if options.profile:
+        found["trace"] = options.profile
         found["profile"] = {work.name: apart.run(profile.of, work, options.profile) for work in own}
     return found
 

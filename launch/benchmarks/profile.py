@@ -27,8 +27,8 @@ def of(work: Work, folder: str) -> list[dict[str, Any]]:
 
 
 def longest(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the operations that take the longest: milliseconds on all threads or streams together, how often, and the
-    share of all operations' time. The profiler slows small operations.
+    """Rows of the operations that take the longest, by the names that XLA gives them, of the others and of all:
+    milliseconds, how often, and the share of all operations' time.
 
     Args: of a trace in Chrome's format.
     """
@@ -46,6 +46,11 @@ def longest(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         own[1] += 1
     if not found:
         raise ValueError("the profiler saw no operation")
-    total = sum(milliseconds for milliseconds, _ in found.values())
     ordered = sorted(found.items(), key=lambda item: -item[1][0])
-    return [{"name": name, "milliseconds": ms, "times": n, "share": ms / total} for name, (ms, n) in ordered[:MOST]]
+    told = [*ordered[:MOST], ("others", _sum(ordered[MOST:])), ("all", _sum(ordered))]
+    total = told[-1][1][0]
+    return [{"name": name, "milliseconds": ms, "times": n, "share": ms / total} for name, (ms, n) in told if n]
+
+
+def _sum(operations: list[tuple[str, list[float]]]) -> list[float]:
+    return [sum(own[column] for _, own in operations) for column in (0, 1)]

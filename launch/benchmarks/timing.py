@@ -181,7 +181,10 @@ def table(found: dict[str, Any]) -> str:
     for name, ratio in found["ratio_to_peer"].items():
         lines.append(f"{name}: " + ", ".join(f"{value:.3f} of its {key}" for key, value in ratio.items()))
     for name, operations in found.get("profile", {}).items():
-        lines += ["", f"{name}, what takes the longest:", *plain_table(operations)]
+        where = "added up over all threads or streams (the profiler slows small operations)"
+        lines += ["", f"{name}, what takes longest in one run more, {where}:", *plain_table(operations)]
+    if "trace" in found:
+        lines += ["", f"traces, for ui.perfetto.dev: {found['trace']}"]
     limits = found["ceilings"]
     lines.append(f"{found['device']}, jax {found['jax']}: copies {limits['copy_gb_per_s']:.1f} GB/s, multiplies "
                  f"{limits['matmul_gflop_per_s']:.0f} GFLOP/s in {limits['dtype']}")
