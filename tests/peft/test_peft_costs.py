@@ -80,7 +80,7 @@ def test_steps_cost_no_more_than_methods_promise():
 COMPILED = {
     "head": (0.25, 0.3),
     "decoder": (0.4, 0.55),
-    "last_stages": (0.8, 0.6),
+    "last_stages": (0.8, 0.65),  # on JAX 0.12; less before
     "norm": (0.65, 0.65),
     "bias": (0.7, 0.75),
     "norm_bias_head": (0.7, 0.75),
