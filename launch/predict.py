@@ -97,7 +97,8 @@ def main(_) -> int:
     }
     prediction.begin(OUTPUT.value, record, jobs, keep=SKIP_EXISTING.value)
     for case_id, reason in failed.items():
-        stays = "; its earlier label map stays" if Path(OUTPUT.value, f"{case_id}.nii.gz").exists() else ""
+        is_there = prediction.label_map_file(Path(OUTPUT.value), case_id).exists()
+        stays = "; its earlier label map stays" if is_there else ""
         print(f"failed: {case_id}: {reason.removeprefix(f'{case_id}: ')}{stays}", file=sys.stderr)
     failed_later = prediction.predict_cases(jobs, predictor, OUTPUT.value, options)
     done = len(jobs) - len(failed_later)

@@ -129,7 +129,7 @@ def begin(output: str | Path, record: Mapping[str, Any], jobs: Sequence[Job], ke
     file, present = output / RECORD_FILE, sorted(output.glob("*.nii.gz"))
     if present and not file.is_file():
         raise ValueError(f"{present[0]} was not written by this program; choose another --output")
-    replaced = [] if keep else [_label_map(output, job.case_id) for job in jobs]
+    replaced = [] if keep else [label_map_file(output, job.case_id) for job in jobs]
     if staying := sorted(set(present) - set(replaced)):
         before = store_files.read_json(file)
         if changed := [key for key in IDENTITY if before.get(key) != record[key]]:
@@ -184,7 +184,7 @@ def _known_inputs(output: Path, jobs: Sequence[Job]) -> dict[str, Any]:
     except ValueError:
         print(f"warning: {file} is damaged; a new one is begun", file=sys.stderr)
         known = {}
-    if count := sum(job.case_id not in known and _label_map(output, job.case_id).exists() for job in jobs):
+    if count := sum(job.case_id not in known and label_map_file(output, job.case_id).exists() for job in jobs):
         print(f"warning: nothing tells which scans {count} label maps in {output} were predicted from, so that changed "
               "scans go unnoticed there; --noskip_existing predicts all cases again", file=sys.stderr)  # fmt: skip
     return known
@@ -192,7 +192,7 @@ def _known_inputs(output: Path, jobs: Sequence[Job]) -> dict[str, Any]:
 
 def _is_done(job: Job, output: Path, known: Mapping[str, Any] | None) -> bool:
     """Whether there is a label map of these very scans; one of unknown scans counts as such, one of others goes."""
-    label_map = _label_map(output, job.case_id)
+    label_map = label_map_file(output, job.case_id)
     if not label_map.exists():
         return False
     try:
@@ -225,7 +225,7 @@ def write_prediction(
             np.savez_compressed(stream, probabilities=whole, names=names)
     # Last, since a case counts as done when its label map is there.
     restored = preprocess.restore(labels.from_canonical(label_map, scheme), record)
-    nifti.write_like(_label_map(output, case_id), restored, record)
+    nifti.write_like(label_map_file(output, case_id), restored, record)
 
 
 def check_record(info: modeldir.ModelInfo, record: Mapping[str, Any]) -> None:
@@ -238,7 +238,7 @@ def _from_store(store: Store, case_id: str) -> Loaded:
     return np.asarray(image, np.float32), record
 
 
-def _label_map(output: Path, case_id: str) -> Path:
+def label_map_file(output: Path, case_id: str) -> Path:
     return output / f"{case_id}.nii.gz"
 
 
